@@ -3,15 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
 
-from funmatch.data.dataset import NAMED_AT_MOST, UNLABELLED, ReadOptions, check_classes, read_class_file
+from funmatch.data.dataset import UNLABELLED, ReadOptions, check_classes, read_class_file
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.data.labels import Classes, Label, find_classes, parse_label
 from funmatch.data.tables.columns import Columns
-from funmatch.data.tables.table import Cell, Table
+from funmatch.data.tables.table import Cell, Table, list_below
 from funmatch.errors import InputError
 from funmatch.runtime.text import counted
 
@@ -36,6 +37,11 @@ class RowLabels:
     unnamed: bool = False
     notes: tuple[str, ...] = ()
     lacking: str = ""
+
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """The first class of each row, (rows,) int32; `UNLABELLED` for a row without any."""
+        return np.array([each[0] if each else UNLABELLED for each in self.sets], np.int32)
 
 
 def read_labels(table: Table, columns: Columns, options: ReadOptions) -> RowLabels:
@@ -128,9 +134,9 @@ def _read_cells(table: Table, column: str, separator: str) -> list[tuple[Label, 
             parsed[cell] = tuple(label for label in labels if label != UNLABELLED)
         except DamagedRecord as error:
             parsed[cell] = str(error)
-    bad = [(row, str(parsed[cell])) for row, cell in enumerate(cells) if isinstance(parsed[cell], str)]
+    bad = [f"{table.place(row)}: {parsed[cell]}" for row, cell in enumerate(cells) if isinstance(parsed[cell], str)]
     if bad:
-        raise InputError(_listed(table, bad, f"{counted(len(bad), 'label')} of {table.shown} cannot be used"))
+        raise InputError(list_below(f"{counted(len(bad), 'label')} of {table.shown} cannot be used", bad))
     return [labels for cell in cells if not isinstance(labels := parsed[cell], str)]
 
 
@@ -169,11 +175,12 @@ def _indices(
         rows = [(row, label) for row, labels in enumerate(found) for label in labels if label in outside]
         firsts = {label: row for row, label in reversed(rows)}
         near = _near(classes)
-        bad = [(row, f"{label!r}{near(label)}") for label, row in sorted(firsts.items(), key=lambda each: each[1])]
+        ordered = sorted(firsts.items(), key=lambda each: each[1])
+        bad = [f"{table.place(row)}: {label!r}{near(label)}" for label, row in ordered]
         source = f"the {len(classes.names):,} " + (f"names in {classes.file}" if classes.file else "classes")
         # Labels that end at the number of classes are most likely counted from 1.
         hint = "; if the first class has number 1, pass --first-label 1" if outside == {len(classes.names)} else ""
-        raise InputError(_listed(table, bad, f"{counted(len(rows), 'label')} of {table.shown} outside {source}{hint}"))
+        raise InputError(list_below(f"{counted(len(rows), 'label')} of {table.shown} outside {source}{hint}", bad))
     sets = {labels: tuple(sorted(index[label] for label in labels)) for labels in dict.fromkeys(found)}
     return [sets[labels] for labels in found]
 
@@ -184,9 +191,3 @@ def _near(classes: Classes) -> Callable[[Label], str]:
         return f" (did you mean {close[0]!r}?)" if close else ""
 
     return near
-
-
-def _listed(table: Table, bad: Sequence[tuple[int, str]], title: str) -> str:
-    lines = [f"{table.place(row)}: {reason}" for row, reason in bad[:NAMED_AT_MOST]]
-    more = [f"… and {len(bad) - NAMED_AT_MOST:,} more"] if len(bad) > NAMED_AT_MOST else []
-    return "\n  ".join([f"{title}:", *lines, *more])

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from funmatch.data.dataset import (
-    NAMED_AT_MOST,
     ORDER,
     UNLABELLED,
     Dataset,
@@ -26,7 +25,7 @@ from funmatch.data.remote.fetch import fetch
 from funmatch.data.remote.objects import Wanted
 from funmatch.data.tables.columns import PATHS, Columns, find_columns, read_splits
 from funmatch.data.tables.labels import RowLabels, read_labels
-from funmatch.data.tables.table import TEXTS, Table, holds_paths, read_table
+from funmatch.data.tables.table import TEXTS, Table, holds_paths, list_below, read_table
 from funmatch.errors import InputError, hide_secrets
 from funmatch.runtime.addresses import is_address
 from funmatch.runtime.text import counted
@@ -178,10 +177,8 @@ def _describe_contradictions(
         own = ", ".join(labels.classes[i] for i in labels.sets[row]) or "no label"
         return f"{own} in {splits[row]} ({table.place(row)})"
 
-    lines = [f"{names[row]}: {about(other)}, {about(row)}" for other, row in pairs[:NAMED_AT_MOST]]
-    more = [f"… and {len(pairs) - NAMED_AT_MOST:,} more"] if len(pairs) > NAMED_AT_MOST else []
-    title = f"{table.shown}: {counted(len(pairs), 'row')} that contradict another row of the same image; keep one:"
-    return "\n  ".join([title, *lines, *more])
+    title = f"{table.shown}: {counted(len(pairs), 'row')} that contradict another row of the same image; keep one"
+    return list_below(title, [f"{names[row]}: {about(other)}, {about(row)}" for other, row in pairs])
 
 
 def _check_inside(table: Table, rows: _Rows, root: str) -> None:
@@ -210,23 +207,22 @@ def _check_files(table: Table, rows: _Rows, root: str, options: ReadOptions, tra
     if not bad or (options.on_bad == "skip" and len(bad) < len(rows.kept)):
         return
     bad.sort()
-    lines = [f"{table.place(row)}: {rows.paths[row]} {reason}" for row, reason in bad[:NAMED_AT_MOST]]
-    more = [f"… and {len(bad) - NAMED_AT_MOST:,} more"] if len(bad) > NAMED_AT_MOST else []
     first = rows.paths[bad[0][0]]
     endings = [ending for ending in sorted(EXTENSIONS) if os.path.isfile(first + ending)]
     advice = f"there is {first}{endings[0]}, so add the endings to the paths" if endings else "fix or remove these rows"
     skip = ", or pass --on-bad skip" if len(bad) < len(rows.kept) else ""
-    raise InputError(
+    title = (
         f"{table.shown}: {len(bad):,} of {counted(len(rows.kept), 'image')} cannot be read; paths are relative to "
-        f"{root or 'this folder'} (--image-root sets another); {advice}{skip}:\n  " + "\n  ".join(lines + more)
+        f"{root or 'this folder'} (--image-root sets another); {advice}{skip}"
     )
+    raise InputError(list_below(title, [f"{table.place(row)}: {rows.paths[row]} {reason}" for row, reason in bad]))
 
 
 def _list_splits(
     table: Table, rows: _Rows, labels: RowLabels, splits: Sequence[str], options: ReadOptions
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns the rows of each split in the order of its images, and notes."""
-    firsts = np.array([each[0] if each else UNLABELLED for each in labels.sets], np.int32)[rows.kept]
+    firsts = labels.firsts[rows.kept]
     places = np.array([ORDER.index(split) for split in splits], np.uint8)[rows.kept]
     chosen, notes = {}, []
     for place in np.unique(places):
@@ -245,10 +241,9 @@ def _number_labels(
     labels: RowLabels, chosen: dict[str, np.ndarray], options: ReadOptions
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Returns the labels of each split, and the sets of classes that they number, of several classes an image."""
-    sets = {split: [labels.sets[row] for row in rows] for split, rows in chosen.items()}
     if options.task != "multilabel" or not labels.classes:
-        firsts = {split: [each[0] if each else UNLABELLED for each in own] for split, own in sets.items()}
-        return {split: np.array(own, np.int32) for split, own in firsts.items()}, None
+        return {split: labels.firsts[rows] for split, rows in chosen.items()}, None
+    sets = {split: [labels.sets[row] for row in rows] for split, rows in chosen.items()}
     # A row without classes shows none of them, but where no row of the split has any.
     known: dict[str, Sets] = {split: own if any(own) else [None] * len(own) for split, own in sets.items()}
     return number_sets(known, len(labels.classes))

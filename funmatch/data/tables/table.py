@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from funmatch.data.dataset import read_file
+from funmatch.data.dataset import NAMED_AT_MOST, read_file
 from funmatch.errors import InputError, first_line
 from funmatch.runtime.text import counted
 
@@ -47,6 +47,12 @@ class Table:
     def place(self, row: int) -> str:
         """Returns a row's place in the file, for messages."""
         return f"{self.unit} {self.lines[row]}"
+
+
+def list_below(title: str, lines: Sequence[str]) -> str:
+    """Lists lines below a title, for messages: the first of them, and how many more there are."""
+    more = [f"… and {len(lines) - NAMED_AT_MOST:,} more"] if len(lines) > NAMED_AT_MOST else []
+    return "\n  ".join([f"{title}:", *lines[:NAMED_AT_MOST], *more])
 
 
 def read_table(path: Path, shown: str) -> Table:
