@@ -120,6 +120,11 @@ class Distill(Train, Teaching, Matching):
         # A strategy without MixUp in its row mixes only if somebody sets it.
         return self.mixup != 0 if self.row is None or self.row.mixup else bool(self.mixup)
 
+    @property
+    def coupled(self) -> list[str]:
+        distance = find_distance(self.distance)
+        return [f"distance {self.distance}"] * bool(distance and distance.couples_batch) + super().coupled
+
     def variant(self, values: dict[str, Any]) -> Self:
         found = super().variant(values)
         if self.row is None or found.mixes:
@@ -132,6 +137,12 @@ class Distill(Train, Teaching, Matching):
     def problems(self) -> list[str]:
         found = [] if self.teacher else ["give the network to match by --teacher"]
         found += self._strategy_problems() + self._distance_problems() + self._tape_problems()
+        # A piece as large as the batch is the batch.
+        if self.micro_batch and self.micro_batch < self.batch:
+            found += [
+                f"{name} compares the images of a batch with each other, so micro_batch would change it"
+                for name in self.coupled
+            ]
         # Refused, not ignored: the teacher's outputs say of each image what it is worth, whatever its class.
         found += [
             f"--{name.replace('_', '-')} {getattr(self, name)} is for training on labels (train, finetune); distill "
@@ -193,12 +204,6 @@ class Distill(Train, Teaching, Matching):
         if self.task == "multilabel" and not distance.multilabel:
             several = ", ".join(name for name, each in DISTANCES.items() if each.multilabel)
             found.append(f"distance {self.distance} is for one class an image; with --task multilabel use {several}")
-        # A piece as large as the batch is the batch.
-        if distance.couples_batch and self.micro_batch and self.micro_batch < self.batch:
-            found.append(
-                f"distance {self.distance} compares the images of a batch with each other, so micro_batch would "
-                "change it"
-            )
         if distance.needs_top_class and self.standardise:
             found.append(
                 f"standardise does not change which class is the top one, so it has no effect on distance "

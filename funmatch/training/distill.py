@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from funmatch.config import Distill
-from funmatch.config.choices import STRATEGIES, find_distance
+from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.errors import InputError
@@ -58,10 +58,10 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
 
 def check_processes(config: Distill) -> None:
     """Raises `InputError` where several processes would each compare a part of a batch with itself."""
-    row = find_distance(config.distance)
-    coupled = {f"distance {config.distance}": row and row.couples_batch, **config.coupled_features}
-    if env.world_size() > 1 and (names := [name for name, couples in coupled.items() if couples]):
-        raise InputError(f"{names[0]} compares the images of a batch with each other, so one process must see all")
+    if env.world_size() > 1 and config.coupled:
+        raise InputError(
+            f"{config.coupled[0]} compares the images of a batch with each other, so one process must see all"
+        )
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,10 @@ class Matching(Options):
         return dict(zip(names, self.feature_loss_weights or (1.0,) * len(names), strict=True))
 
     @property
-    def coupled_features(self) -> dict[str, bool]:
-        """The losses of features that compare the images of a batch with each other, by their names in messages."""
-        return {"feature_loss batch-kl": self.matches_features and "batch-kl" in self.feature_loss}
+    def coupled(self) -> list[str]:
+        """The losses that compare the images of a batch with each other, as messages name them."""
+        matched = self.matches_features or self.matches_tokens
+        return ["feature_loss batch-kl"] if matched and "batch-kl" in self.feature_loss else []
 
     def problems(self) -> list[str]:
         found = _list_problems("match", self.match, MATCHED, self.match_weights)
@@ -108,19 +109,14 @@ class Matching(Options):
         return found
 
     def _view_problems(self) -> list[str]:
-        """Options of views, tapes and batches that features do not go with."""
-        found, of_table = [], {name: getattr(self, name, None) for name in ("tape_top", "micro_batch", "batch")}
-        if of_table["tape_top"] is not None:
+        """Options of views and tapes that features do not go with."""
+        found = []
+        if getattr(self, "tape_top", None) is not None:
             found.append("tape_top keeps some classes of logits, and features have none; omit it")
         if getattr(self, "teacher_is_fixed", False):
             found.append(
                 "features are matched on the views that the student gets, but the teacher of this strategy is fixed; "
                 "use funmatch, or a strategy of same/ or ind/"
-            )
-        # A piece as large as the batch is the batch.
-        if "batch-kl" in self.feature_loss and of_table["micro_batch"] and of_table["micro_batch"] < of_table["batch"]:
-            found.append(
-                "feature_loss batch-kl compares the images of a batch with each other, so micro_batch would change it"
             )
         return found
 
