@@ -191,13 +191,14 @@ def _open_entry(entry: dict[str, Any], cache_options: CacheOptions, task: TaskNa
     folder = folder_of(place)
     meta = read_meta(folder)
     key, splits, sets = meta["content"], {}, read_label_sets(folder, meta)
+    table = label_table(sets)
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
         index, digests = read_index(folder, name, meta, sets)
         cap, decoder = meta["cap"], meta["decoder"]
         store = Resident(path, index) if resident else Streaming(path, cap, decoder, cache_options.max_pixels)
-        splits[name] = CachedSplit(name, index, store, digests, task, label_table(sets))
+        splits[name] = CachedSplit(name, index, store, digests, task, table)
     if place != folder:
         key, splits = place.stem, apply_cut(splits, read_cut(place, len(splits["train"])))
     if "train" in splits and sum(sources := entry.get("sources", [])) == len(splits["train"]):

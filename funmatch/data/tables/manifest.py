@@ -1,6 +1,7 @@
 """Lists the images that a table names: a row for each, with the path of its file, its labels and its split."""
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from funmatch.data.remote.fetch import fetch
 from funmatch.data.remote.objects import Wanted
 from funmatch.data.tables.columns import PATHS, Columns, find_columns, read_splits
 from funmatch.data.tables.labels import RowLabels, read_labels
-from funmatch.data.tables.table import TEXTS, Table, holds_paths, list_below, read_table
+from funmatch.data.tables.table import ENDINGS, TEXTS, Table, holds_paths, list_below, read_table
 from funmatch.errors import InputError, hide_secrets
 from funmatch.runtime.addresses import is_address
 from funmatch.runtime.text import counted
 
-REMOTE = Wanted(r"\.(csv|tsv|parquet)$")
+REMOTE = Wanted(f"({'|'.join(map(re.escape, ENDINGS))})$")
 """Which files of an address are read."""
 FILES = tuple(f"*{ending}" for ending in TEXTS)
 """Patterns of the files that are always manifests; those of parquet may hold the images themselves."""
