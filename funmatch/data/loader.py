@@ -173,7 +173,7 @@ class Loader:
                 teacher_view=spec.own_teacher_view,
             )  # fmt: skip
 
-        return policies.sample(self.spec, step, draw)
+        return policies.sample(self.spec, step, draw) if self.spec.policies else draw(self.spec)
 
     def batch_at(self, step: int, lookup: Lookup | None = None) -> Batch:
         """Returns the batch of a step: the same in any process, at any time and in any order of calls.

@@ -62,13 +62,11 @@ def list_images(names: Sequence[str], drawn: np.ndarray) -> str:
 
 
 def sample(spec: ViewSpec, step: int, draw: Callable[[ViewSpec], StepSample]) -> StepSample:
-    """Draws the choices of a global batch.
+    """Draws the choices of a global batch by policies.
 
     Args:
         draw: those of a spec without policies.
     """
-    if not spec.policies:
-        return draw(spec)
     # Each policy's for the whole batch: what one image draws must not depend on the policies of others.
     parts = [(draw(each), rows) for each, rows in by_policy(spec, step)]
     drawn, owns = parts[0][0], [part.teacher_view for part, _ in parts if part.teacher_view]
