@@ -11,6 +11,7 @@ from torch import nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Card, Classifier, timm_config
+from funmatch.models.inference.features import lacks_head
 from funmatch.models.inference.outputs import logits_of
 from funmatch.models.names import GIVEN, is_function
 from funmatch.models.transformers.config import is_backbone
@@ -121,14 +122,4 @@ def count_classes(net: nn.Module, card: Card) -> int:
     logits = logits_of(output, card.name)
     if logits.ndim != 2:
         raise InputError(f"{card.name} is not a classifier: its output is {logits.shape}")
-    return 0 if _lacks_head(net) else logits.shape[-1]
-
-
-def _lacks_head(net: Any) -> bool:
-    """Returns whether a network was built without classes and has got no head since: its output is features."""
-    if vars(net).get("num_classes") != 0:
-        return False
-    found = net.get_classifier() if callable(getattr(net, "get_classifier", None)) else None
-    # A head that was put on afterwards leaves timm's number of classes at 0.
-    heads = [each for each in (found if isinstance(found, tuple) else (found,)) if isinstance(each, nn.Module)]
-    return not any(True for head in heads for _ in head.parameters())
+    return 0 if lacks_head(net) else logits.shape[-1]

@@ -144,6 +144,12 @@ def head_names(net: nn.Module) -> tuple[str, ...]:
     return (heads,) if isinstance(heads, str) else tuple(heads or ())
 
 
+def head_modules(net: nn.Module) -> list[nn.Module]:
+    """Returns the modules that turn features into logits, as far as a network says which these are."""
+    by_name = dict(net.named_modules())
+    return [by_name[name] for name in head_names(net) if name in by_name]
+
+
 def card_of(name: str, net: nn.Module, overrides: dict[str, Any]) -> Card:
     """Returns the card of a network from timm's configuration.
 

@@ -9,6 +9,7 @@ from funmatch.errors import InputError
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.inference import answers
 from funmatch.models.inference.answers import Layout, Readout
+from funmatch.models.inference.features import Features
 from funmatch.models.inference.modes import InferenceMode
 from funmatch.models.inference.parity import check_parity
 
@@ -75,6 +76,41 @@ def test_another_network_gives_what_its_last_layer_gets():
     assert answers.read(net, images(), logits=False, tokens=False)[0] is None
     with pytest.raises(InputError, match="no tokens"):
         answers.read(net, images(), logits=True, tokens=True)
+
+
+class TwoHeads(Own):
+    """As distilled transformers, whose logits are the mean of two heads'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.num_classes = nn.Linear(4, 3), 3
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.head, self.other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.body(x.mean((2, 3)))
+        return (self.head(found.relu()) + self.other(found.tanh())) / 2
+
+
+@torch.no_grad()
+def test_two_heads_have_the_mean_of_what_they_get():
+    net = TwoHeads()
+    _, pooled, _ = answers.read(net, images(), logits=True, tokens=False)
+    given = net.body(images().mean((2, 3)))
+    torch.testing.assert_close(pooled, (given.relu() + given.tanh()) / 2)
+    classifier = Classifier(net, Card("two", 32, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    torch.testing.assert_close(Features(classifier)(images()), pooled)
+
+
+@torch.no_grad()
+def test_a_head_that_was_put_on_afterwards_is_no_feature():
+    net = timm.create_model("resnet10t", num_classes=0, channels=(8, 8, 16, 16)).eval()
+    features = net(images())
+    net.fc = nn.Linear(16, 5)
+    logits, pooled, _ = answers.read(net, images(), logits=True, tokens=False)
+    assert torch.equal(pooled, features)
+    assert torch.equal(logits, net(images()))
 
 
 def test_rows_are_taken_apart_as_they_were_joined():

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.features import is_headless, is_in_halves, watch_last_linear
+from funmatch.models.inference.features import (
+    is_headless,
+    is_in_halves,
+    lacks_head,
+    mean_given,
+    watch_last_linear,
+)
 from funmatch.models.inference.outputs import logits_of
 from funmatch.ops.features.grids import to_grid
 
@@ -125,7 +131,7 @@ def read(
         return found if logits else None, pooled, None
     maps = net.forward_features(inputs)
     # A network without classes has no layer to leave out, and its output is what it was made for.
-    headless = vars(net).get("num_classes") == 0
+    headless = lacks_head(net)
     pooled = net.forward_head(maps) if headless else net.forward_head(maps, pre_logits=True)
     found = None
     if logits:
@@ -137,7 +143,7 @@ def read(
 def _read_by_hook(net: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
     """Reads a network that has no parts of its own: what its last linear layer gets, or its output without a head."""
     name = type(net).__name__
-    if vars(net).get("num_classes") == 0 or not any(isinstance(each, nn.Linear) for each in net.modules()):
+    if lacks_head(net) or not any(isinstance(each, nn.Linear) for each in net.modules()):
         return None, logits_of(net(inputs), name).flatten(1)
     output, seen = watch_last_linear(net, lambda: net(inputs))
     output = logits_of(output, name)
@@ -147,7 +153,7 @@ def _read_by_hook(net: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor
             f"{name} has no features to match: it is not a timm network, and its last layer is not a "
             "torch.nn.Linear for rows of features"
         )
-    return output, seen[0][1]
+    return output, mean_given(seen)
 
 
 def spatial_map(net: Any, maps: Tensor) -> Tensor:

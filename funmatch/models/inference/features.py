@@ -1,7 +1,7 @@
 """Computes the features of a classifier: what its last layer turns into logits."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +9,20 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier
+from funmatch.models.timm_models import head_modules
 
 
 def is_headless(classifier: Classifier) -> bool:
     """Returns whether a network was built without classes (num_classes=0), so that its outputs are features."""
     return classifier.num_classes == 0
+
+
+def lacks_head(net: Any) -> bool:
+    """Returns whether a network was built without classes and has got no head since: its output is features."""
+    if vars(net).get("num_classes") != 0:
+        return False
+    # A head that was put on afterwards leaves timm's number of classes at 0.
+    return not any(True for head in head_modules(net) for _ in head.parameters())
 
 
 def is_in_halves(net: nn.Module) -> bool:
@@ -92,32 +101,37 @@ def find_last_linear(classifier: Classifier, views: Tensor, purpose: str = "meas
 
 def _last_linear(classifier: Classifier, views: Tensor, purpose: str) -> tuple[nn.Linear, Tensor]:
     """Returns the linear layer that gives a network's logits of views, and what it gets: (n, features)."""
-    found = find() if callable(find := getattr(classifier.net, "get_classifier", None)) else ()
-    heads = found if isinstance(found, tuple) else ()
-    _, seen = watch_last_linear(classifier.net, lambda: classifier(views), heads)
+    _, seen = watch_last_linear(classifier.net, lambda: classifier(views))
     # Another layer, such as one of attention, is followed by more than the classes.
     if not seen or seen[0][0].out_features != classifier.num_classes or seen[0][1].ndim != 2:
         raise InputError(
             f"{classifier.card.name} has no features to {purpose}: it is not a timm network, and its "
             f"last layer is not a torch.nn.Linear with {classifier.num_classes} outputs for rows of features"
         )
-    # The mean of its logits counts, and so that of what its heads get.
-    return seen[0][0], torch.stack([each for _, each in seen]).mean(0) if len(seen) > 1 else seen[0][1]
+    return seen[0][0], mean_given(seen)
 
 
-def watch_last_linear(
-    net: nn.Module, run: Callable[[], Any], heads: Sequence[nn.Module] = ()
-) -> tuple[Any, list[tuple[nn.Linear, Tensor]]]:
+Seen = list[tuple[nn.Linear, Tensor]]
+"""The last linear layer of a network with what it got, (n, features); of a distilled network, both of its heads."""
+
+
+def mean_given(seen: Seen) -> Tensor:
+    """Returns what the last layer got, (n, features)."""
+    # The mean of a distilled network's logits counts, and so that of what its heads get.
+    return torch.stack([each for _, each in seen]).mean(0) if len(seen) > 1 else seen[0][1]
+
+
+def watch_last_linear(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, Seen]:
     """Runs a network, and sees what its last linear layer gets.
 
     Args:
         run: calls the network.
-        heads: of a distilled network, all of which count where one of them is last.
 
     Returns:
-        what `run` returned; and the last layer with what it got, or several heads; empty where none was called.
+        what `run` returned; and the last layer with what it got, empty where none was called.
     """
-    seen: list[tuple[nn.Linear, Tensor]] = []
+    heads = found if len(found := head_modules(net)) > 1 else []
+    seen: Seen = []
     thread = threading.get_ident()
 
     def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:

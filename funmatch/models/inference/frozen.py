@@ -16,7 +16,7 @@ from funmatch.models.inference.modes import DTYPES, LAYOUTS, PLAIN, AllowedModes
 from funmatch.models.inference.native_layers import PRECISIONS, native_group_norms, use_native_kernels
 from funmatch.models.inference.outputs import logits_of
 from funmatch.models.inference.parity import ParityCheck, check_parity
-from funmatch.models.timm_models import head_names
+from funmatch.models.timm_models import head_modules
 from funmatch.ops.native import norms
 from funmatch.ops.tasks.task import task_of
 
@@ -54,9 +54,8 @@ class Frozen(nn.Module):
                 norm.float()  # the kernels read weights in fp32, whatever the images are in
         if mode.precision != "fp32":
             # Logits of 16 bits are too coarse: 10.03 and 10.05 would be the same.
-            by_name = dict(net.named_modules())
             # Folding may have joined the head with a norm, under another name.
-            for head in (by_name[name] for name in head_names(net) if name in by_name):
+            for head in head_modules(net):
                 head.float().register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
         self.compiled: tuple[torch.Size, Callable[[Tensor], Any]] | None = None
 
