@@ -389,7 +389,7 @@ class DistillOptions(TrainOptions, total=False):
     mixup: float | None
     """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off. (default: 1 for funmatch, else 0)"""
     teacher_precision: Literal["auto", "fp32", "bf16", "fp16"]
-    """Floating-point format of the frozen teacher; auto is the fastest whose outputs for the first batch equal those in
+    """Floating-point format of the frozen teacher; auto is the fastest whose outputs for the first views equal those in
     fp32. (default: auto)"""
     teacher_batch: int | None
     """Images per forward pass of the teacher, to need less memory. (default: as many as the student)"""

@@ -40,7 +40,7 @@ class Distill(Train, Teaching, Matching):
     transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, clip:MODEL,
     package.module:function, or fashion-mini-teacher."""
     teacher_precision: Annotated[Precision, Opt(group=Group.TEACHER, changes=TEACHER | Changes.ARITHMETIC)] = "auto"
-    """Floating-point format of the frozen teacher; auto is the fastest whose outputs for the first batch equal those in
+    """Floating-point format of the frozen teacher; auto is the fastest whose outputs for the first views equal those in
     fp32."""
     # A frozen teacher has no batch statistics, so pieces give the same logits up to rounding.
     teacher_batch: Annotated[

@@ -158,7 +158,33 @@ def test_measures_of_a_split():
     assert TASKS["multilabel"].measure(scores, None, None)["map"] is None
 
 
-def test_decisions_near_one_half_count_as_equal():
+def test_decisions_near_one_half_count_as_tied():
     reference, found = torch.tensor([[0.001, 2.0, -2.0]]), torch.tensor([[-0.001, -2.0, -2.0]])
-    assert multilabel.agreement(found, reference, 0.01) == pytest.approx(2 / 3)
-    assert task_of(None).agreement(found, reference, 0.01) == 0
+    changed, tied, margin = (each.item() for each in multilabel.changes(found, reference, 1e-3))
+    assert (changed, tied) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert margin == pytest.approx(2 * expit(2.0) - 1)
+
+
+@pytest.mark.parametrize("values", [(1.0, 0.9, 0.0), (0.3, 0.0, 4.0), (2.0, -1.0, -3.0)])
+def test_classes_are_tied_if_the_nearest_distribution_that_swaps_them_is_near_enough(values):
+    p = np.exp(values) / np.exp(values).sum()
+    # All distributions on a grid that prefer the second class to the first.
+    one, other = np.meshgrid(np.linspace(1e-4, 1, 2001), np.linspace(1e-4, 1, 2001))
+    rest = 1 - one - other
+    possible = (rest > 0) & (other >= one)
+    q = np.stack([one[possible], other[possible], rest[possible]], -1)
+    nearest = rel_entr(p, q).sum(-1).min()
+    # The first class alone counts, so the third may not be it: a copy of it that is less probable stands for it.
+    split = torch.tensor([[values[0], values[1], *[values[2] - np.log(64)] * 64]])
+    found = split[:, [1, 0, *range(2, 66)]]
+    for nats, expected in ((nearest * 1.01, (0, 1)), (nearest * 0.98, (1, 0))):
+        changed, tied, margin = task_of(None).changes(found, split, nats)
+        assert (changed.item(), tied.item()) == expected
+        assert margin.item() == pytest.approx(p[0] - p[1], rel=1e-4)
+
+
+def test_the_same_decisions_are_neither_changed_nor_tied():
+    reference = logits(5, 7)
+    for task in TASKS.values():
+        for each in task.changes(reference + 0.0, reference, 1e-3):
+            assert torch.equal(each, torch.zeros(5).double())

@@ -15,12 +15,12 @@ from funmatch.models.inference.fold import fold
 from funmatch.models.inference.modes import DTYPES, LAYOUTS, PLAIN, AllowedModes, InferenceMode
 from funmatch.models.inference.native_layers import PRECISIONS, native_group_norms, use_native_kernels
 from funmatch.models.inference.outputs import logits_of
-from funmatch.models.inference.parity import ParityCheck, check_parity
+from funmatch.models.inference.parity import ParityCheck, compare
+from funmatch.models.inference.reference import VIEWS, VIEWS_NEAR_LIMIT, FurtherViews, Reference, answer
 from funmatch.models.timm_models import head_modules
 from funmatch.ops.native import norms
 from funmatch.ops.tasks.task import task_of
 
-CHUNK_IMAGES = 64
 TIMED_IMAGES, TIMING_REPEATS = 16, 3
 CLEARLY_FASTER = 1.1
 """Speed-up that is needed to prefer what is less usual: timings vary by a few per cent."""
@@ -93,30 +93,49 @@ class Frozen(nn.Module):
         return compiled if inputs.shape == shape else plain
 
 
-def freeze(make: Callable[[], Classifier], views: Tensor, allowed: AllowedModes) -> tuple[Frozen, list[ParityCheck]]:
-    """Freezes a teacher in the fastest mode whose outputs on the first views match plain fp32.
+def freeze(
+    make: Callable[[], Classifier], views: Tensor, allowed: AllowedModes, further: FurtherViews | None = None
+) -> tuple[Frozen, list[ParityCheck]]:
+    """Freezes a teacher in the fastest mode whose outputs on a run's first views match plain fp32.
+
+    Modes of fp32 differ by its rounding alone, which the first batch shows. Those of 16 bits are compared on `VIEWS`
+    views, or as many as are affordable (`Reference`), and where chance may decide, on up to `VIEWS_NEAR_LIMIT`.
 
     Args:
         make: returns the classifier, a new one in each call.
         views: of the first batch, (n, 3, side, side) in [0, 1], on the teacher's device.
         allowed: the modes to try.
+        further: the views that follow; None for a run too short to be worth more than its first batch.
 
     Returns:
         the frozen teacher, and the checks of the modes that were tried, in order; the last one is the teacher's.
     """
-    plain = Frozen(make().to(views.device))
-    reference = torch.cat([plain(part) for part in views.split(CHUNK_IMAGES)])
-    small = plain.size < SMALL_NETWORK
+    reference, small = _reference(make, views, allowed, further)
     checks: list[ParityCheck] = []
-    # Freed before the next one is built: two large teachers at once may not fit into memory.
-    del plain
     for mode in candidate_modes(make, views[:TIMED_IMAGES], allowed, small=small):
-        frozen, check = try_mode(make, mode, views, reference)
+        frozen, check = judge_mode(make, mode, reference)
         checks.append(check)
         is_requested = len(allowed.precisions) == 1 and not check.failed
         if frozen is not None and (check.good or is_requested):
             return frozen, checks
     return Frozen(make().to(views.device)), [*checks, ParityCheck(PLAIN, len(views), 0.0, 1.0)]
+
+
+def _reference(
+    make: Callable[[], Classifier], views: Tensor, allowed: AllowedModes, further: FurtherViews | None
+) -> tuple[Reference, bool]:
+    """Computes plain fp32's answers; returns them, and whether the network is small."""
+    plain, reference = Frozen(make().to(views.device)), Reference(views, further)
+    small = plain.size < SMALL_NETWORK
+    rounds = set(precisions_to_try(allowed, small=small)) != {"fp32"}
+    reference.extend(lambda: plain, VIEWS if rounds else len(views))
+    # Freed on return, before the next one is built: two large teachers at once may not fit into memory.
+    return reference, small
+
+
+def precisions_to_try(allowed: AllowedModes, *, small: bool) -> tuple[str, ...]:
+    """Returns the precisions among which the fastest is chosen: of a small network fp32, unless another is wanted."""
+    return ("fp32",) if small and len(allowed.precisions) > 1 else allowed.precisions
 
 
 def candidate_modes(
@@ -132,7 +151,7 @@ def candidate_modes(
     # Yielded before anything is measured: if it passes, the rest of this generator never runs.
     if allowed.first:
         yield allowed.first
-    precisions = ("fp32",) if small and len(allowed.precisions) > 1 else allowed.precisions
+    precisions = precisions_to_try(allowed, small=small)
     seconds: dict[InferenceMode, float] = {}
     for precision in precisions:
         modes = [InferenceMode(precision=precision, layout=layout) for layout in LAYOUTS]
@@ -179,24 +198,47 @@ def time_layouts(
     return {best: seconds[best]}
 
 
-def try_mode(
-    make: Callable[[], Classifier], mode: InferenceMode, views: Tensor, reference: Tensor
+def judge_mode(
+    make: Callable[[], Classifier], mode: InferenceMode, reference: Reference
 ) -> tuple[Frozen | None, ParityCheck]:
-    """Freezes a teacher in a mode and compares its answers to the views with the plain teacher's, (n, width).
+    """Tries a mode as `try_mode` does, on more views where chance may decide."""
+    frozen, check = try_mode(make, mode, reference)
+
+    def plain() -> Frozen:
+        nonlocal frozen
+        frozen = None  # freed before the plain one is built: both at once may not fit into memory
+        return Frozen(make().to(reference.first.device))
+
+    if check.near_limit and reference.extend(plain, VIEWS_NEAR_LIMIT):
+        return try_mode(make, mode, reference)
+    return frozen, check
+
+
+def try_mode(
+    make: Callable[[], Classifier], mode: InferenceMode, reference: Reference
+) -> tuple[Frozen | None, ParityCheck]:
+    """Freezes a teacher in a mode and compares its answers with the plain teacher's, until more views say no more.
 
     Returns:
         the teacher, or None if it could not be computed; and the check.
     """
     try:
-        frozen = Frozen(make().to(views.device), mode)
-        # Compiled for the size of the first batch, so that it gets all views at once.
-        rows = torch.cat([frozen(part) for part in views.split(len(views) if mode.compiled else CHUNK_IMAGES)])
+        frozen = Frozen(make().to(reference.first.device), mode)
+        classes = getattr(frozen.classifier.readout, "classes", None)
+        task, found = task_of(frozen.classifier.card.task), None
+        check = ParityCheck(mode, 0, 0.0, 1.0)
+        for views, expected in reference:
+            # Compiled for the size of the first batch, so that it gets all views at once.
+            rows = answer(frozen, views, whole=mode.compiled)
+            found = compare(rows, expected, classes, task).joined(found)
+            check = found.check(mode)
+            if check.hopeless or check.is_rounding_of_fp32:
+                break
+        return frozen, check
     except InputError:
         raise
     except Exception as error:  # compilers fail in as many ways as machines can be set up
-        return None, ParityCheck(mode, len(views), 0.0, 0.0, first_line(error))
-    classes = getattr(frozen.classifier.readout, "classes", None)
-    return frozen, check_parity(mode, rows, reference, classes, task_of(frozen.classifier.card.task))
+        return None, ParityCheck(mode, len(reference.first), 0.0, 0.0, first_line(error))
 
 
 def _seconds(frozen: Frozen, views: Tensor) -> float:

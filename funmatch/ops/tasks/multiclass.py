@@ -9,11 +9,26 @@ from torch import Tensor
 from funmatch.ops import metrics
 
 
-def agreement(logits: Tensor, reference: Tensor, margin: float) -> float:
-    """Returns the share of images whose first class is the reference's, or less probable there by `margin` at most."""
+def changes(logits: Tensor, reference: Tensor, nats: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Says which images have another first class than in the reference.
+
+    Two classes of probability a > b there are tied where a KL divergence of `nats` from the reference is enough to
+    make them equal: the nearest such distribution gives each (a + b) / 2.
+
+    Args:
+        logits, reference: (n, classes).
+
+    Returns:
+        (n,) float64 each: 1 where the first class is another one, which is not tied with the reference's; 1 where it is
+        one that is tied; and how much less probable it is in the reference.
+    """
     probabilities = reference.double().softmax(-1)
+    first = probabilities.amax(-1)
     chosen = probabilities.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-    return (chosen >= probabilities.amax(-1) - margin).double().mean().item()
+    mean = (first + chosen) / 2
+    needed = torch.xlogy(first, first / mean) + torch.xlogy(chosen, chosen / mean)
+    changed, is_tied = chosen < first, needed <= nats
+    return (changed & ~is_tied).double(), (changed & is_tied).double(), first - chosen
 
 
 def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:

@@ -90,10 +90,22 @@ def decisions(logits: Tensor) -> Tensor:
     return logits > 0
 
 
-def agreement(logits: Tensor, reference: Tensor, margin: float) -> float:
-    """Returns the share of decisions that are as the reference's, or where its probability is this near to 1/2."""
-    same = decisions(logits) == decisions(reference)
-    return (same | ((reference.double().sigmoid() - 0.5).abs() <= margin)).double().mean().item()
+def changes(logits: Tensor, reference: Tensor, nats: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Says which decisions are not the reference's, as `multiclass.changes` does of first classes.
+
+    A decision is tied where a KL divergence of `nats` is enough to bring the class's probability to 1/2.
+
+    Returns:
+        (n,) float64 each: of each image the share of decisions that are other ones and not tied, that of those which
+        are tied, and the largest distance between the probabilities, in the reference, of such a decision and of its
+        opposite.
+    """
+    probability = reference.double().sigmoid()
+    margin = (2 * probability - 1).abs()
+    needed = torch.xlogy(probability, 2 * probability) + torch.xlogy(1 - probability, 2 - 2 * probability)
+    changed, is_tied = decisions(logits) != decisions(reference), needed <= nats
+    shares = ((changed & ~is_tied).double().mean(-1), (changed & is_tied).double().mean(-1))
+    return *shares, margin.where(changed, torch.zeros_like(margin)).amax(-1)
 
 
 def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:

@@ -44,7 +44,8 @@ class Task:
         distance: computes the distance of a name between student and teacher, one an image, (n,).
         divergence: maps logits, and the reference's, to the KL divergence of each image in nats, (n,).
         decisions: maps logits to what is predicted: the first class of each image, or whether each class is.
-        agreement: maps logits, the reference's and a margin to the share that decides alike.
+        changes: maps logits, the reference's and a KL in nats to the decisions that changed, of each image, (n,): the
+            share whose alternatives are not tied, the share of those that are, and the largest margin between them.
         mean_probabilities: combines several teachers' logits by their probabilities at a temperature.
         mean_over_views: combines the logits of an image's views by their probabilities.
         join_classes: maps the logits of several classes to that of one which stands for them.
@@ -65,7 +66,7 @@ class Task:
     distance: Distance
     divergence: Callable[[Tensor, Tensor], Tensor]
     decisions: Callable[[Tensor], Tensor]
-    agreement: Callable[[Tensor, Tensor, float], float]
+    changes: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
     mean_probabilities: Callable[[Sequence[Tensor], Sequence[float], float], Tensor]
     mean_over_views: Callable[[Tensor], Tensor]
     join_classes: Callable[[Tensor], Tensor]
@@ -84,7 +85,7 @@ MULTICLASS = Task(
     distance=distances.distance,
     divergence=distances.kl,
     decisions=lambda logits: logits.argmax(-1),
-    agreement=multiclass.agreement,
+    changes=multiclass.changes,
     mean_probabilities=multiclass.mean_probabilities,
     mean_over_views=multiclass.mean_over_views,
     join_classes=multiclass.join_classes,
@@ -102,7 +103,7 @@ MULTILABEL = Task(
     distance=multilabel.distance,
     divergence=multilabel.kl,
     decisions=multilabel.decisions,
-    agreement=multilabel.agreement,
+    changes=multilabel.changes,
     mean_probabilities=multilabel.mean_probabilities,
     mean_over_views=multilabel.mean_over_views,
     join_classes=multilabel.join_classes,

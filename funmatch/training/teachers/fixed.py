@@ -26,7 +26,6 @@ from funmatch.runtime.disk.parts import compute_in_parts, read_checked
 from funmatch.runtime.log import info
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.freezing import COMPARED_IMAGES
-from funmatch.training.teachers.loading import LoadedTeacher
 
 PART = 1024
 """Approximate number of views that are predicted between two writes to the disk."""
@@ -108,11 +107,19 @@ def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
     )
 
 
-def first_views(setup: TrainSetup[Distill], loaded: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
-    """Returns one view of each of the first training images, by side; inference modes are compared on them."""
-    source, sides = fixed_views(setup), {teacher.side for teacher in loaded}
-    images = range(min(COMPARED_IMAGES, setup.evaluation.view.batch, len(source.split)))
-    each = [source.views(image, slice(1), sorted(sides)) for image in images]
+def images_at_once(setup: TrainSetup[Distill]) -> int:
+    """Returns the number of images whose views are made at once to compare inference modes."""
+    return min(COMPARED_IMAGES, setup.evaluation.view.batch, len(setup.loader.split))
+
+
+def some_views(setup: TrainSetup[Distill], sides: Sequence[int], number: int) -> dict[int, Tensor]:
+    """Returns one view of each of some training images, by side: of the first `images_at_once` for number 0, and so on.
+
+    Inference modes are compared on them.
+    """
+    source, size = fixed_views(setup), images_at_once(setup)
+    images = range(number * size, min((number + 1) * size, len(source.split)))
+    each = [source.views(image, slice(1), sorted({*sides})) for image in images]
     return {side: torch.cat([views[side] for views in each]) for side in sides}
 
 

@@ -1,6 +1,6 @@
 """Freezes each teacher in its fastest inference mode, measured once on a machine, or in the one that was recorded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from funmatch.models.inference.answers import Layout
 from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
 from funmatch.models.inference.native_layers import native_group_norms
+from funmatch.models.inference.reference import FurtherViews
 from funmatch.ops.native import norms
 from funmatch.runtime import devices
 from funmatch.runtime.log import info
@@ -21,7 +22,7 @@ from funmatch.runtime.measured import Measurement
 from funmatch.training.teachers.loading import LoadedTeacher, member
 
 COMPARED_IMAGES = 256
-"""Images of the first batch, at most, on which an inference mode is compared with plain fp32."""
+"""Images, at most, on which an inference mode is compared with plain fp32 at once."""
 MODE_SHAPE = {f"{field.name}?": field.type for field in fields(InferenceMode)}
 """Shape of a recorded inference mode; earlier versions did not have all of its fields."""
 
@@ -32,14 +33,16 @@ def freeze_fastest(
     config: Distill,
     recorded: list[dict[str, Any]] | None,
     layout: Layout | None = None,
+    further: Callable[[int, int], FurtherViews | None] = lambda side, size: None,  # noqa: ARG005
 ) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
-    """Freezes each teacher in the fastest inference mode whose outputs on the first batch match plain fp32.
+    """Freezes each teacher in the fastest inference mode whose outputs on a run's first views match plain fp32.
 
     Args:
         views: of the first batch by side, (n, 3, side, side), on the device.
         recorded: the records that this function returned when the run began, if it resumes. The same modes are used
             again, since other arithmetic would not be bitwise the same.
         layout: of their answers, where these are more than logits.
+        further: the views that follow those of the first batch, by side, as many at a time; see `freeze`.
 
     Returns:
         the teachers, and a record of each: its mode, and how far its outputs are from plain fp32.
@@ -68,7 +71,7 @@ def freeze_fastest(
             frozen = Frozen(teacher.load_again().to(sample.device), mode)
             frozen(sample)  # compiles it for batches of this size, where it is compiled
         else:
-            frozen, record = _freeze_one(teacher, sample, config)
+            frozen, record = _freeze_one(teacher, sample, config, further(teacher.side, len(sample)))
         records.append(record)
         members.append(member(teacher, frozen))
     return TeacherEnsemble(members, config.combine, config.teacher_batch, layout), records
@@ -79,11 +82,14 @@ def mode_of(form: Mapping[str, Any]) -> InferenceMode:
     return InferenceMode(**{name: value for name, value in form.items() if f"{name}?" in MODE_SHAPE})
 
 
-def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
+def _freeze_one(
+    teacher: LoadedTeacher, sample: Tensor, config: Distill, further: FurtherViews | None
+) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, sample.device)
     allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config))
-    measured = _measurement(teacher, sample, allowed)
-    frozen, tried = freeze(teacher.load_again, sample, replace(allowed, first=_measured_mode(measured, allowed)))
+    measured = _measurement(teacher, sample, allowed, "first batch" if further is None else "several batches")
+    allowed = replace(allowed, first=_measured_mode(measured, allowed))
+    frozen, tried = freeze(teacher.load_again, sample, allowed, further)
     # Every rejected mode is reported, so that a slow teacher can be explained.
     for check in tried[:-1]:
         info(f"teacher {teacher.name}: rejected {check}")
@@ -117,13 +123,16 @@ def _uses_native_norms(teacher: LoadedTeacher, sample: Tensor, config: Distill) 
     return not why
 
 
-def _measurement(teacher: LoadedTeacher, sample: Tensor, allowed: AllowedModes) -> Measurement:
-    """Returns the place where a teacher's fastest mode is remembered, under everything that decides it."""
+def _measurement(teacher: LoadedTeacher, sample: Tensor, allowed: AllowedModes, rule: str) -> Measurement:
+    """Returns the place where a teacher's fastest mode is remembered, under everything that decides it.
+
+    Args:
+        rule: on what modes are judged; a few views may have refused what more of them accept.
+    """
     # With what is read of it where that is more than logits: features may need another mode.
     read = () if teacher.classifier.readout is None else (teacher.classifier.readout,)
     machine = devices.machine_signature(sample.device)
-    key = repr((teacher.digest, teacher.function, sample.shape, allowed, machine, *read))
-    key = key.replace("AllowedModes(", "Wish(")  # the class's earlier name: measurements made under it stay valid
+    key = repr((teacher.digest, teacher.function, sample.shape, allowed, machine, rule, *read))
     return Measurement("forms", key, "this teacher")
 
 

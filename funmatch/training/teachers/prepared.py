@@ -15,7 +15,7 @@ from funmatch.training.matching import wiring
 from funmatch.training.objective import TeacherLogits
 from funmatch.training.setup import TrainSetup, recorded_modes
 from funmatch.training.teachers import checks, fixed, freezing, loading, recording
-from funmatch.training.teachers.source import views_by_side
+from funmatch.training.teachers.run_views import run_views
 
 DistillSetup = TrainSetup[Distill]
 
@@ -96,14 +96,11 @@ def freeze_for_run(
         for teacher, side in zip(loaded, setup.config.teacher_side, strict=True)
     ]
     layout = wiring.layout_of(setup)
-    if STRATEGIES[setup.config.strategy].fixed:
-        first = fixed.first_views(setup, placed)
-    else:
-        first, _ = views_by_side(setup.loader.batch_at(0), setup.loader.teacher_sides)
-    first = {side: views.to(setup.loop.device) for side, views in first.items()}
+    views = run_views(setup, tuple(teacher.side for teacher in placed))
+    first = views.batch_at(0)
     # The main process chooses; the others must compute the teachers alike.
     if env.is_main_process():
-        teachers, modes = freezing.freeze_fastest(placed, first, setup.config, modes, layout)
+        teachers, modes = freezing.freeze_fastest(placed, first, setup.config, modes, layout, views.further)
         distributed.broadcast_from_main(lambda: modes)
     else:
         modes = distributed.broadcast_from_main(lambda: modes)
