@@ -323,13 +323,14 @@ def miscompile(tmp_path: Path, monkeypatch, norms_faults: dict[str, str], views_
     """Builds the kernels, in a cache of their own, from sources in which lines are replaced by faults."""
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     wrong = tmp_path / "norms.cpp", tmp_path / "views.cpp"
-    for path, source, faults in zip(wrong, library.SOURCES, (norms_faults, views_faults), strict=True):
+    for path, faults in zip(wrong, (norms_faults, views_faults), strict=True):
+        (source,) = (each for each in library.SOURCES if each.name == path.name)
         text = source.read_text()
         for line, fault in faults.items():
             assert line in text
             text = text.replace(line, fault)
         path.write_text(text)
-    monkeypatch.setattr(library, "SOURCES", wrong)
+    monkeypatch.setattr(library, "SOURCES", (*wrong, *(each for each in library.SOURCES if each.stem == "jpeg")))
 
 
 def test_miscompiled_norms_are_reported_and_leave_the_views_alone(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels on first use and loads them: CPU code for what torch reads from memory several times.
+"""Compiles the C++ kernels on first use and loads them: CPU code for what torch and Pillow do with more memory or time.
 
 Callers compare a kernel with torch before they use it, and fall back to torch where it is unavailable.
 """
@@ -20,7 +20,8 @@ from typing import Any
 from funmatch.errors import first_line
 from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("norms.cpp", "views.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("norms.cpp", "views.cpp", "jpeg.cpp"))
+HEADERS = tuple(Path(__file__).with_name(f"jpeg_{name}.h") for name in ("codes", "header", "pixels"))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 # The fastest first. Compilers prefer 256-bit vectors even where the processor has 512; some know neither flag.
 CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
@@ -42,6 +43,7 @@ POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # Without declared types ctypes passes integers as 32 bits, which would cut addresses short.
 SIGNATURES = {
     "sample_views": [*[POINTER] * 3, COUNT, COUNT, ctypes.c_int],
+    "decode_jpeg_box": [POINTER, COUNT, *[POINTER] * 3],
     **{
         f"{name}_{dtype}": arguments
         for dtype in DTYPES
@@ -113,7 +115,14 @@ def _build() -> Path:
     # By its answer, not its path: an upgraded compiler has the same path.
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     # Everything that decides the machine code: a home folder may be shared by machines with different processors.
-    key = ([source.read_bytes() for source in SOURCES], FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
+    key = (
+        [file.read_bytes() for file in (*SOURCES, *HEADERS)],
+        FLAGS,
+        CPU_FLAGS,
+        version,
+        platform.machine(),
+        _processor(),
+    )
     path = _folder() / f"{hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()}.so"
     if _is_ours(path.parent) and _is_intact(path):
         return path
