@@ -128,7 +128,7 @@ def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict
     # So that the peak below is that of a run, not of what building it has left.
     devices.empty_cache(loop.device)
     # As the run does, before its first step: compiled networks are what is measured.
-    accelerate_student(setup.student.classifier, loop, config, config.side or 0)
+    accelerate_student(setup.student.classifier, loop, config, config.side or 0, setup.provenance["kernels"])
     begin = time.monotonic() - began
     step = seconds_a_step(setup, objective)
     evaluation, end = seconds_to_evaluate(setup, objective)

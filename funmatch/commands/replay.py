@@ -102,7 +102,8 @@ def replay(folder: Path, step: int | None = None) -> Replayed:
         start = state.step if state else BEGINNING
         info(f"{run.folder}: taking steps {start + 1:,} to {step:,} again, from the checkpoint of step {start:,}")
         # As the run, whose rounding depends on its kernels.
-        accelerate_student(setup.student.classifier, setup.loop, setup.config, setup.config.side or 0)
+        kinds = setup.provenance["kernels"]
+        accelerate_student(setup.student.classifier, setup.loop, setup.config, setup.config.side or 0, kinds)
         take_steps(setup, objective, scaler, start, step - 1)
         return look_into(setup, objective, scaler, start, step)
 

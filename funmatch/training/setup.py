@@ -177,6 +177,7 @@ def build_setup(
     # The crop kernel is a fact, not an option: a resumed run must crop as it did, wherever it runs.
     facts |= acceleration.crop_kernel(config, cache.splits["train"])
     config = resolve_defaults(_with_earlier_warmup(config, requested), cache, classifier, device)
+    facts |= acceleration.student_kernels(config, config.steps or 0, config.side or 0, classifier, device)
     # After the defaults, which decide how much of the device's memory pixels may take.
     cache = move_data_to_device(cache, device, config.device_gb or 0)
     warn_of_late_steps(config)

@@ -104,7 +104,8 @@ class Trainer:
         """Sets up compilation or native kernels, if there are steps left."""
         config, loop = self.setup.config, self.setup.loop
         if self.state.step < loop.steps:
-            accelerate_student(self.student.classifier, loop, config, config.side or 0)
+            kinds = self.setup.provenance["kernels"]
+            accelerate_student(self.student.classifier, loop, config, config.side or 0, kinds)
 
     def steps(self, requests: signals.Requests) -> Iterator[int]:
         """Takes one step per iteration, and yields its number.

@@ -23,7 +23,7 @@ from funmatch.models.inference.modes import AllowedModes, InferenceMode
 from funmatch.models.load import load
 from funmatch.ops import resample
 from funmatch.ops.crops import crop_resize_flip
-from funmatch.ops.native import library, norms
+from funmatch.ops.native import batch_norms, depthwise, library, norms
 
 pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
 LAST = torch.channels_last
@@ -38,8 +38,13 @@ def clear_kernel_caches():
 
 
 def clear_caches() -> None:
-    for cached in (library._load, norms.why_unavailable, resample.why_unavailable):
+    modules = (norms, batch_norms, depthwise, resample)
+    for cached in (library._load, *(module.why_unavailable for module in modules)):
         cached.cache_clear()
+
+
+def native_classes(*kinds: str) -> set[type[nn.Module]]:
+    return {native for kind in kinds for native in native_layers.NATIVE_CLASSES[kind].values()}
 
 
 def errors(actual: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
@@ -177,8 +182,8 @@ def test_network_with_native_kernels_computes_the_same_function(name):
     assert torch.equal(native.eval()(views), plain.eval()(views)), (
         "evaluation uses torch's layers, as anyone who loads the student does"
     )
-    replaced = sum(type(module) in native_layers.NATIVE_CLASSES.values() for module in native.modules())
-    assert (replaced > 0) == (name != "test_resnet") == native_layers.gains_from_native(plain)
+    replaced = any(type(module) in native_classes(*native_layers.FROZEN_KINDS) for module in native.modules())
+    assert replaced == (name != "test_resnet") == bool({*native_layers.kinds_of(plain)} & {*native_layers.FROZEN_KINDS})
 
 
 @pytest.mark.parametrize(
@@ -258,11 +263,10 @@ def test_without_a_compiler_torch_is_used(tmp_path, monkeypatch):
     student = native_layers.use_native_kernels(load("resnetv2_50x1_bit", classes=10).net, training_only=False)
     frozen = Frozen(load("resnetv2_50x1_bit", classes=10), InferenceMode(native=True))
     assert not any(
-        type(norm) in native_layers.NATIVE_CLASSES.values()
-        for norm in native_layers.native_group_norms(frozen.classifier.net)
+        type(norm) in native_classes("group_norm") for norm in native_layers.native_group_norms(frozen.classifier.net)
     )
-    assert native_layers.gains_from_native(load("resnetv2_50x1_bit", classes=10).net)
-    assert not native_layers.gains_from_native(student), "it has native layers already"
+    assert native_layers.kinds_of(load("resnetv2_50x1_bit", classes=10).net) == ("group_norm", "std_conv")
+    assert not native_layers.kinds_of(student), "it has native layers already"
 
 
 def test_kernel_check_ignores_torchs_default_dtype():
@@ -319,38 +323,37 @@ def test_failing_compilers_are_reported(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def miscompile(tmp_path: Path, monkeypatch, norms_faults: dict[str, str], views_faults: dict[str, str]) -> None:
-    """Builds the kernels, in a cache of their own, from sources in which lines are replaced by faults."""
+def miscompile(tmp_path: Path, monkeypatch, source: str, line: str, fault: str) -> None:
+    """Builds the kernels, in a cache of their own, from sources in one of which a line is replaced by a fault."""
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    wrong = tmp_path / "norms.cpp", tmp_path / "views.cpp"
-    for path, faults in zip(wrong, (norms_faults, views_faults), strict=True):
-        (source,) = (each for each in library.SOURCES if each.name == path.name)
-        text = source.read_text()
-        for line, fault in faults.items():
+    for path in (*library.SOURCES, *library.HEADERS):
+        text = path.read_text()
+        if path.name == source:
             assert line in text
             text = text.replace(line, fault)
-        path.write_text(text)
-    monkeypatch.setattr(library, "SOURCES", (*wrong, *(each for each in library.SOURCES if each.stem == "jpeg")))
-
-
-def test_miscompiled_norms_are_reported_and_leave_the_views_alone(tmp_path, monkeypatch):
-    miscompile(tmp_path, monkeypatch, {"value * value": "value"}, {})
-    assert "the compiled kernels compute wrong values" in norms.why_unavailable()
-    assert resample.why_unavailable() == ""
+        (tmp_path / path.name).write_text(text)
+    monkeypatch.setattr(library, "SOURCES", tuple(tmp_path / path.name for path in library.SOURCES))
 
 
 @pytest.mark.parametrize(
-    ("line", "fault"),
+    ("source", "line", "fault"),
     [
-        pytest.param("* down;", "* 2;", marks=pytest.mark.slow),
-        pytest.param("1.5 * d - 2.5", "1.5 * d - 2", marks=pytest.mark.slow),
-        ("red += weight[t]", "red += 1.1f * weight[t]"),
+        ("norms.cpp", "value * value", "value"),
+        pytest.param("views.cpp", "* down;", "* 2;", marks=pytest.mark.slow),
+        pytest.param("views.cpp", "1.5 * d - 2.5", "1.5 * d - 2", marks=pytest.mark.slow),
+        pytest.param("views.cpp", "red += weight[t]", "red += 1.1f * weight[t]", marks=pytest.mark.slow),
+        pytest.param("batch_norms.cpp", "sigmoid * (1 + x", "sigmoid * (2 + x", marks=pytest.mark.slow),
+        ("depthwise.cpp", "back = 0; j < own.last", "back = 1; j < own.last"),
     ],
 )
-def test_miscompiled_views_are_reported_and_leave_the_norms_alone(tmp_path, monkeypatch, line, fault):
-    miscompile(tmp_path, monkeypatch, {}, {line: fault})
-    assert "the compiled kernel computes wrong values" in resample.why_unavailable()
-    assert norms.why_unavailable() == ""
+def test_miscompiled_kernels_are_reported_and_leave_the_others_alone(tmp_path, monkeypatch, source, line, fault):
+    miscompile(tmp_path, monkeypatch, source, line, fault)
+    checks = {
+        "norms.cpp": norms.why_unavailable, "views.cpp": resample.why_unavailable,
+        "batch_norms.cpp": batch_norms.why_unavailable, "depthwise.cpp": depthwise.why_unavailable,
+    }  # fmt: skip
+    for name, why_unavailable in checks.items():
+        assert ("wrong values" in why_unavailable()) == (name == source)
 
 
 def test_library_is_built_once(tmp_path, monkeypatch):

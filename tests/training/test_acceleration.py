@@ -19,7 +19,7 @@ from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference import frozen
 from funmatch.models.load import load
-from funmatch.ops.native import library
+from funmatch.ops.native import library, norms
 from funmatch.training import oom
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
@@ -55,7 +55,7 @@ class Grouped(nn.Module):
 
 NATIVE = TINY | {
     "student": Grouped(), "side": 32, "steps": 6, "compile": "native", "log_every": 1, "save_every": 2,
-    "precision": "fp32",
+    "precision": "fp32", "teacher_precision": "fp32",
 }  # fmt: skip
 
 
@@ -147,10 +147,14 @@ def resolve_auto(out: Path, student: Classifier, device: str = "cpu", **options)
     return acceleration.resolve_auto(config, config.steps or 0, 32, student, torch.device(device))
 
 
+def seconds(fp32: float, bf16: float) -> dict[str, float]:
+    """What is measured of a student that gains nothing from native kernels."""
+    return {"fp32": fp32, "bf16": bf16, "fp32 native": fp32, "bf16 native": bf16}
+
+
 def test_auto_precision_and_compilation_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(acceleration.devices, "teacher_precisions", lambda *_: ("bf16", "fp32"))
-    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_native: {"fp32": 2.0, "bf16": 1.0})
-    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "")
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_: seconds(fp32=2.0, bf16=1.0))
     grouped = load("resnetv2_50x1_bit", classes=10)
     assert resolve_auto(tmp_path, grouped) == {"precision": "bf16", "compile": "native"}
     assert resolve_auto(tmp_path, grouped, steps=100) == {"precision": "fp32", "compile": "native"}, (
@@ -159,10 +163,12 @@ def test_auto_precision_and_compilation_on_the_cpu(tmp_path, monkeypatch):
     assert resolve_auto(tmp_path, grouped, precision="fp32", compile="off") == {}, "explicit options are kept"
     small = load("fashion-mini-student")
     assert resolve_auto(tmp_path, small)["precision"] == "fp32"
-    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_native: {"fp32": 1.05, "bf16": 1.0})
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_: seconds(fp32=1.05, bf16=1.0))
     assert resolve_auto(tmp_path, grouped)["precision"] == "fp32", "not clearly faster"
-    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "no compiler")
-    assert resolve_auto(tmp_path, grouped)["compile"] == "off"
+    monkeypatch.setattr(
+        acceleration, "known_step_seconds", lambda *_: seconds(fp32=1.0, bf16=0.95) | {"bf16 native": 0.5}
+    )
+    assert resolve_auto(tmp_path, grouped)["precision"] == "bf16", "native kernels make it faster"
 
 
 def test_auto_compilation_on_an_accelerator(tmp_path):
@@ -176,7 +182,7 @@ def test_auto_compilation_on_an_accelerator(tmp_path):
 
 
 def test_resumed_run_keeps_its_precision_and_compilation(tmp_path, monkeypatch):
-    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_native: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_: seconds(fp32=2.0, bf16=1.0))
     grouped = load("resnetv2_50x1_bit", classes=10)
     for recorded, expected in (
         ({"precision": "bf16", "compile": "on"}, {"precision": "bf16", "compile": "on"}),
@@ -189,6 +195,41 @@ def test_resumed_run_keeps_its_precision_and_compilation(tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps({"verb": "distill", "knobs": recorded, "facts": {}}))
         assert resolve_auto(tmp_path, grouped) == expected
     assert run_folder.options_of(tmp_path / "none") == {}
+
+
+def test_kernels_are_those_that_measured_faster_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(acceleration, "AVAILABLE", dict.fromkeys(acceleration.AVAILABLE, lambda: ""))
+    student = load("vit_tiny_patch16_224", classes=10, side=32)
+    config = Distill(data=("x",), teacher=("x",), student="x", steps=400, out=tmp_path, compile="native")
+    config = config.model_copy(update={"precision": "bf16"})
+
+    def kernels(config: Distill, steps: int = 400) -> list[str]:
+        return acceleration.student_kernels(config, steps, 32, student, CPU)["kernels"]
+
+    assert kernels(config) == ["linear", "attention"], "nothing was measured"
+    place = acceleration.steps_measurement(student, 32, 32, ("linear", "attention"))
+    place.write(seconds(fp32=2.0, bf16=1.0) | {"bf16 native": 1.1})
+    assert kernels(config) == [], "torch is faster"
+    assert kernels(config, steps=100) == ["linear", "attention"], "such runs do not measure"
+    assert kernels(config.model_copy(update={"precision": "fp32"})) == ["linear", "attention"]
+    assert kernels(config.model_copy(update={"compile": "off"})) == []
+    place.write(seconds(fp32=2.0, bf16=1.0) | {"bf16 native": 0.9})
+    assert kernels(config) == ["linear", "attention"]
+    assert kernels(config.model_copy(update={"grad_checkpointing": True})) == ["linear"]
+    for facts, options, expected in (
+        ({"kernels": ["linear"]}, {"compile": "native"}, ["linear"]),
+        ({"kernels": []}, {"compile": "native"}, []),
+        ({}, {"compile": "native"}, ["group_norm", "std_conv"]),
+        ({}, {"compile": "off"}, ["linear", "attention"]),
+    ):
+        record = {"verb": "distill", "knobs": options, "facts": {"data": "x"} | facts}
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        assert kernels(config) == expected
+    (tmp_path / "config.json").unlink()
+    monkeypatch.setitem(acceleration.AVAILABLE, "linear", lambda: "no oneDNN")
+    assert kernels(config) == ["attention"]
+    assert "native CPU kernels unavailable (no oneDNN)" in capsys.readouterr().err
 
 
 def test_resumed_run_keeps_its_crop_kernel(tmp_path, monkeypatch, capsys):
@@ -233,7 +274,7 @@ def test_missing_native_kernels_of_a_recorded_teacher_are_reported(tmp_path, mon
     assert not mode["native"]
     (reference.folder / "result.json").unlink()
     capsys.readouterr()
-    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "gone")
+    monkeypatch.setattr(norms, "why_unavailable", lambda: "gone")
     funmatch.distill(**options, out=tmp_path / "whole")
     assert "started with native CPU kernels for teacher python:Grouped, which are unavailable now (gone)" in (
         capsys.readouterr().err
@@ -245,9 +286,11 @@ def test_measuring_step_time_changes_neither_model_nor_rng(monkeypatch, tmp_path
     student = load("test_resnet", classes=10)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     state = torch.get_rng_state()
-    seconds = acceleration.known_step_seconds(student, 32, 4)
-    assert seconds == acceleration.known_step_seconds(student, 32, 4), "measured once"
-    assert set(seconds) == {"fp32", "bf16"}
+    seconds = acceleration.known_step_seconds(student, 32, 4, ("batch_norm",))
+    assert seconds == acceleration.known_step_seconds(student, 32, 4, ("batch_norm",)), "measured once"
+    assert set(seconds) == {"fp32", "bf16", "fp32 native", "bf16 native"}
+    plain = acceleration.known_step_seconds(student, 32, 4)
+    assert plain["fp32"] == plain["fp32 native"], "there is nothing to compare"
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -334,9 +377,8 @@ def test_native_kernels_match_torch_and_are_deterministic(tmp_path, capsys, prec
 
 @pytest.mark.usefixtures("any_size")
 def test_without_a_compiler_the_student_uses_torch(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "no compiler")
+    monkeypatch.setattr(norms, "why_unavailable", lambda: "no compiler")
     funmatch.distill(**NATIVE | {"precision": "fp32", "steps": 1}, out=tmp_path / "run")
-    assert (
-        "native CPU kernels unavailable (no compiler); PyTorch's are slower and round differently"
-        in capsys.readouterr().err
+    assert "native CPU kernels unavailable (no compiler); falling back to slower PyTorch kernels" in (
+        capsys.readouterr().err
     )

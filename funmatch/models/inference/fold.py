@@ -5,7 +5,6 @@ which the convolution before it can apply itself.
 """
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from funmatch.models import bit, timm_models
 from funmatch.models.classifier import Classifier
+from funmatch.models.inference.tracing import trace
 
 STANDARDIZING = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
@@ -89,22 +89,12 @@ def bit_for_timm(classifier: Classifier) -> Classifier:
     return Classifier(net, classifier.card, options, classifier.num_classes)
 
 
-class _Tracer(fx.Tracer):
-    """Traces a network's code with convolutions and norms as single steps."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # timm's subclasses of these are no leaves by themselves, since they do not belong to torch.
-        return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
-
-
 def foldable_batch_norms(net: nn.Module) -> list[tuple[str, str]]:
     """Returns the names of each convolution whose output goes to one BatchNorm only, and of that BatchNorm."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         return []
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            graph = _Tracer().trace(net)
-    except Exception:  # tracing a user's code can raise anything
+    graph = trace(net)
+    if graph is None:
         return []
     modules = dict(net.named_modules())
     steps = [node for node in graph.nodes if node.op == "call_module"]

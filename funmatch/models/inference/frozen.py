@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -15,10 +16,12 @@ from funmatch.models.inference.fold import fold
 from funmatch.models.inference.modes import DTYPES, LAYOUTS, PLAIN, AllowedModes, InferenceMode
 from funmatch.models.inference.native_layers import PRECISIONS, native_group_norms, use_native_kernels
 from funmatch.models.inference.outputs import logits_of
+from funmatch.models.inference.packed_layers import pack_layers
 from funmatch.models.inference.parity import ParityCheck, compare
 from funmatch.models.inference.reference import VIEWS, VIEWS_NEAR_LIMIT, FurtherViews, Reference, answer
 from funmatch.models.timm_models import head_modules
 from funmatch.ops.native import norms
+from funmatch.ops.native.attention import ProductAttention
 from funmatch.ops.tasks.task import task_of
 
 TIMED_IMAGES, TIMING_REPEATS = 16, 3
@@ -57,7 +60,14 @@ class Frozen(nn.Module):
             # Folding may have joined the head with a norm, under another name.
             for head in head_modules(net):
                 head.float().register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+        if mode.packed:
+            self.pack()
         self.compiled: tuple[torch.Size, Callable[[Tensor], Any]] | None = None
+
+    def pack(self) -> None:
+        """Lays the weights out for oneDNN, for good, as `InferenceMode.packed` says."""
+        self.mode = replace(self.mode, packed=True)
+        pack_layers(self.classifier.net)
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002  (the signature is nn.Module's)
         return self
@@ -73,7 +83,8 @@ class Frozen(nn.Module):
             (n, classes), or (n, width), in fp32.
         """
         # The mode alone decides the precision: under the student's autocast fp32 would silently become bf16.
-        with torch.autocast(views.device.type, enabled=False):
+        attention = ProductAttention() if self.mode.packed else nullcontext()
+        with torch.autocast(views.device.type, enabled=False), attention:
             inputs = self.classifier.normalize(views.float()).to(DTYPES[self.mode.precision])
             inputs = inputs.contiguous(memory_format=LAYOUTS[self.mode.layout])
             output = self.net_for(inputs)(inputs)
@@ -155,7 +166,7 @@ def candidate_modes(
     seconds: dict[InferenceMode, float] = {}
     for precision in precisions:
         modes = [InferenceMode(precision=precision, layout=layout) for layout in LAYOUTS]
-        seconds |= {modes[0]: 0.0} if small else time_layouts(make, modes, views)
+        seconds |= {modes[0]: 0.0} if small else time_layouts(make, modes, views, packed=allowed.packed)
     in_fp32 = [mode for mode in seconds if mode.precision == "fp32"]
     limit = CLEARLY_FASTER * min((seconds[mode] for mode in in_fp32), default=float("inf"))
     # Other precisions round more than fp32, so they have to be clearly faster.
@@ -170,7 +181,7 @@ def candidate_modes(
 
 
 def time_layouts(
-    make: Callable[[], Classifier], modes: list[InferenceMode], views: Tensor
+    make: Callable[[], Classifier], modes: list[InferenceMode], views: Tensor, *, packed: bool
 ) -> dict[InferenceMode, float]:
     """Times modes that differ in their layout only.
 
@@ -178,23 +189,28 @@ def time_layouts(
         make: as of `freeze`.
         modes: the usual one first; others have to be clearly faster.
         views: to time with, (n, 3, side, side).
+        packed: time packed weights too, which change nothing but the time, so that they need not be clearly faster.
 
     Returns:
         the better mode and its seconds for the views, infinite if it could not be computed.
     """
-    seconds = {}
+    seconds: dict[InferenceMode, float] = {}
     try:
         frozen = Frozen(make().to(views.device), modes[0])
         for mode in modes:
             frozen.mode = mode
             to_memory_format(frozen.classifier.net, LAYOUTS[mode.layout])
-            frozen(views)  # the first pass in a layout chooses kernels and allocates
-            seconds[mode] = statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
+            seconds[mode] = _median_seconds(frozen, views)
+        if packed:
+            to_memory_format(frozen.classifier.net, LAYOUTS[modes[0].layout])
+            frozen.mode = modes[0]
+            frozen.pack()
+            seconds[frozen.mode] = _median_seconds(frozen, views)
     except InputError:
         raise
     except Exception:  # not every network runs in every mode; `try_mode` reports why
         return {modes[0]: float("inf")}
-    best = min(modes, key=lambda mode: seconds[mode] * (1 if mode is modes[0] else CLEARLY_FASTER))
+    best = min(seconds, key=lambda mode: seconds[mode] * (CLEARLY_FASTER if mode in modes[1:] else 1))
     return {best: seconds[best]}
 
 
@@ -239,6 +255,11 @@ def try_mode(
         raise
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         return None, ParityCheck(mode, len(reference.first), 0.0, 0.0, first_line(error))
+
+
+def _median_seconds(frozen: Frozen, views: Tensor) -> float:
+    frozen(views)  # the first pass in a layout chooses kernels and allocates
+    return statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
 
 
 def _seconds(frozen: Frozen, views: Tensor) -> float:

@@ -1,21 +1,39 @@
-"""Runs a network's GroupNorms and standardized convolutions on native CPU kernels.
+"""Runs a network's norms, convolutions and linear layers on native CPU kernels.
 
 A module only changes its class: its name, weights and settings stay, and so does what is saved of it. Inputs that the
 kernels do not support (another layout, another precision) are computed by torch as before.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import GroupNorm as TimmGroupNorm
 from timm.layers import GroupNorm1, GroupNormAct, pad_same
-from timm.layers.norm_act import GroupNorm1Act
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d, GroupNorm1Act
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-from funmatch.ops.native import norms
+from funmatch.models.inference.native_convnets import (
+    SKIPPED,
+    NativeBatchNorm2d,
+    NativeBatchNormAct2d,
+    NativeDepthwiseConv2d,
+    NativeDepthwiseConv2dSame,
+    NativeLinear,
+    compute_dtype,
+    has_kernel_layout,
+    is_batch_norm,
+    is_depthwise,
+    is_enabled,
+    is_plain,
+    is_wide,
+)
+from funmatch.models.inference.tracing import followers
+from funmatch.ops.native import batch_norms, depthwise, norms
 
 PRECISIONS = ("fp32", "bf16")
 # An image is normalized by one thread, so small batches leave threads idle. It pays nevertheless down to a quarter of
@@ -23,25 +41,13 @@ PRECISIONS = ("fp32", "bf16")
 THREADS_PER_IMAGE = 4
 
 
-def _is_enabled(module: Any) -> bool:
-    return module.training or not module._training_only
-
-
-def _is_plain(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.dtype == torch.float32 and parameter.is_contiguous()
-
-
 def _is_supported(norm: Any, x: Tensor) -> bool:
     """Returns whether the kernel can normalize an input, and is worth it."""
     return (
-        _is_enabled(norm)
-        and all(_is_plain(parameter) for parameter in (norm.weight, norm.bias))
-        and x.ndim == 4
-        and x.dtype in norms.DTYPES
-        and x.device.type == "cpu"
-        and x.numel() > 0
+        is_enabled(norm)
+        and all(is_plain(parameter) for parameter in (norm.weight, norm.bias))
+        and has_kernel_layout(x)
         and THREADS_PER_IMAGE * len(x) >= torch.get_num_threads()
-        and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
@@ -94,12 +100,12 @@ class NativeGroupNorm1Act(_ActivatedNorm, GroupNorm1Act):
 def _standardized_kernel(conv: Any) -> Tensor | None:
     """Returns the standardized kernel in the convolution's precision, or None if it is not supported."""
     # Under autocast torch would standardize in fp32 and convert the kernel afterwards, one more pass over it.
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     weight = conv.weight
+    dtype = compute_dtype(weight)
     is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     is_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
     supported = is_fp32 and dtype in norms.DTYPES and is_dense
-    return norms.standardize_weight(weight, conv.eps, dtype) if supported and _is_enabled(conv) else None
+    return norms.standardize_weight(weight, conv.eps, dtype) if supported and is_enabled(conv) else None
 
 
 class NativeStdConv2d(StdConv2d):
@@ -125,47 +131,95 @@ class NativeStdConv2dSame(StdConv2dSame):
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-NATIVE_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.GroupNorm: NativeGroupNorm,
-    TimmGroupNorm: NativeTimmGroupNorm,
-    GroupNorm1: NativeGroupNorm1,
-    GroupNormAct: NativeGroupNormAct,
-    GroupNorm1Act: NativeGroupNorm1Act,
-    StdConv2d: NativeStdConv2d,
-    StdConv2dSame: NativeStdConv2dSame,
+NATIVE_CLASSES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
+    "group_norm": {
+        nn.GroupNorm: NativeGroupNorm,
+        TimmGroupNorm: NativeTimmGroupNorm,
+        GroupNorm1: NativeGroupNorm1,
+        GroupNormAct: NativeGroupNormAct,
+        GroupNorm1Act: NativeGroupNorm1Act,
+    },
+    "std_conv": {StdConv2d: NativeStdConv2d, StdConv2dSame: NativeStdConv2dSame},
+    "batch_norm": {nn.BatchNorm2d: NativeBatchNorm2d, BatchNormAct2d: NativeBatchNormAct2d},
+    "depthwise": {nn.Conv2d: NativeDepthwiseConv2d, Conv2dSame: NativeDepthwiseConv2dSame},
+    "linear": {nn.Linear: NativeLinear},
 }
-"""For each class of torch's and timm's that the kernels support, the class that uses them."""
+"""For each kind of kernel, the classes of torch and timm that it supports, and for each the class that uses it."""
+FROZEN_KINDS = ("group_norm", "std_conv")
+"""Kernels that compute forward passes alone faster, and all that there were in runs that did not record theirs."""
+ATTENTION = "attention"
+"""The kind that changes no module (`ops.native.attention`)."""
+AVAILABLE: dict[str, Callable[[], str]] = {
+    **dict.fromkeys(FROZEN_KINDS, lambda: norms.why_unavailable()),
+    "batch_norm": lambda: batch_norms.why_unavailable(),
+    "depthwise": lambda: depthwise.why_unavailable(),
+    "linear": lambda: "" if torch.backends.mkldnn.is_available() else "torch has no oneDNN",
+    ATTENTION: lambda: "",
+}
+"""For each kind a function that returns why it is unavailable here, or nothing."""
 
 
-def gains_from_native(net: nn.Module) -> bool:
-    """Returns whether a network has modules that the native kernels support."""
-    return any(type(module) in NATIVE_CLASSES for module in net.modules())
+def kinds_of(net: nn.Module) -> tuple[str, ...]:
+    """Returns the kinds of kernels that support modules of a network."""
+    found = Counter(kind for module in net.modules() if (kind := _kind_of(module)))
+    # A single linear layer is the head, which has but one row an image.
+    if found["linear"] == 1:
+        del found["linear"]
+    if any("attention" in type(module).__name__.lower() for module in net.modules()):
+        found[ATTENTION] += 1
+    return tuple(kind for kind in AVAILABLE if kind in found)
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    """Returns the kind of kernel that supports a module: exactly these classes, as a subclass may override its work."""
+    for kind, classes in NATIVE_CLASSES.items():
+        if type(module) in classes:
+            plain = kind != "depthwise" or is_depthwise(cast("nn.Conv2d", module))
+            return kind if plain and (kind != "linear" or is_wide(cast("nn.Linear", module))) else None
+    return None
 
 
 def native_group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
     """Yields the GroupNorms of a network that the native kernels compute, or could."""
     # Both: a network may have been converted before.
-    known = {*NATIVE_CLASSES, *NATIVE_CLASSES.values()}
+    classes = NATIVE_CLASSES["group_norm"]
+    known = {*classes, *classes.values()}
     return (module for module in net.modules() if isinstance(module, nn.GroupNorm) and type(module) in known)
 
 
-def use_native_kernels(net: nn.Module, *, training_only: bool) -> nn.Module:
-    """Makes a network's norms and standardized convolutions use the native kernels, in place.
+def use_native_kernels(net: nn.Module, *, training_only: bool, kinds: Collection[str] = FROZEN_KINDS) -> nn.Module:
+    """Makes a network's layers use the native kernels, in place.
 
     Args:
         net: the network.
         training_only: use them in training mode only, so that a student is evaluated with the arithmetic of those who
             will load it.
+        kinds: of kernels; others are left to torch.
 
     Returns:
         the network.
     """
-    for module in net.modules():
-        # Exactly these classes: a subclass may override what the kernels compute.
-        if native := NATIVE_CLASSES.get(type(module)):
-            # The class instead of the module: replacing modules would lose hooks, and the references that shared or
-            # checkpointed blocks hold.
-            module.__class__ = native
-            # By `vars`, since nn.Module's own assignment is slow and for parameters and modules only.
-            vars(module)["_training_only"] = training_only
+    # Found before the classes change, which a trace would not know.
+    activations = followers(net, is_batch_norm, lambda module: type(module) in SKIPPED) if "batch_norm" in kinds else {}
+    for name, module in net.named_modules():
+        kind = _kind_of(module)
+        if kind is None or kind not in kinds:
+            continue
+        # The class instead of the module: replacing modules would lose hooks, and the references that shared or
+        # checkpointed blocks hold.
+        module.__class__ = NATIVE_CLASSES[kind][type(module)]
+        # By `vars`, since nn.Module's own assignment is slow and for parameters and modules only.
+        vars(module)["_training_only"] = training_only
+        if type(module) is NativeBatchNorm2d:
+            vars(module)["_activation"] = _skipping(net, activations.get(name))
     return net
+
+
+def _skipping(net: nn.Module, name: str | None) -> nn.Module | None:
+    """Lets an activation leave out what the BatchNorm before it has computed, and returns it."""
+    if name is None:
+        return None
+    activation = net.get_submodule(name)
+    activation.__class__ = SKIPPED[type(activation)]
+    vars(activation)["_skip"] = False
+    return activation

@@ -20,9 +20,11 @@ from typing import Any
 from funmatch.errors import first_line
 from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("norms.cpp", "views.cpp", "jpeg.cpp"))
-HEADERS = tuple(Path(__file__).with_name(f"jpeg_{name}.h") for name in ("codes", "header", "pixels"))
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
+NAMES = ("norms.cpp", "batch_norms.cpp", "depthwise.cpp", "views.cpp", "jpeg.cpp")
+HEADER_NAMES = ("numbers.h", "jpeg_codes.h", "jpeg_header.h", "jpeg_pixels.h")
+SOURCES, HEADERS = (tuple(map(Path(__file__).with_name, names)) for names in (NAMES, HEADER_NAMES))
+# Vectors wider than the processor's are no mistake: the compiler cuts them (-Wno-psabi).
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 # The fastest first. Compilers prefer 256-bit vectors even where the processor has 512; some know neither flag.
 CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 CPU_INFO = Path("/proc/cpuinfo")
@@ -39,6 +41,25 @@ class NormShape(ctypes.Structure):
     ]
 
 
+class BatchShape(ctypes.Structure):
+    """The `Shape` of `batch_norms.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels")),
+        *((name, ctypes.c_double) for name in ("eps", "momentum")),
+        *((name, ctypes.c_int) for name in ("activation", "threads")),
+    ]
+
+
+class Window(ctypes.Structure):
+    """The `Window` of `depthwise.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "height", "width", "channels", "out_height", "out_width")),
+        *((name, ctypes.c_int) for name in ("taps", "stride", "padding", "threads")),
+    ]
+
+
 POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # Without declared types ctypes passes integers as 32 bits, which would cut addresses short.
 SIGNATURES = {
@@ -50,11 +71,21 @@ SIGNATURES = {
         for name, arguments in {
             "group_norm": [*[POINTER] * 6, ctypes.POINTER(NormShape), NUMBER],
             "group_norm_backward": [*[POINTER] * 9, ctypes.POINTER(NormShape)],
+            "batch_norm": [*[POINTER] * 8, ctypes.POINTER(BatchShape)],
+            "batch_norm_backward": [*[POINTER] * 9, ctypes.POINTER(BatchShape)],
+            "depthwise_input": [*[POINTER] * 3, ctypes.POINTER(Window)],
+            "depthwise_weight": [*[POINTER] * 3, ctypes.POINTER(Window)],
             "standardize": [*[POINTER] * 4, COUNT, COUNT, NUMBER, ctypes.c_int],
             "standardize_backward": [*[POINTER] * 5, COUNT, COUNT, ctypes.c_int],
         }.items()
     },
 }
+
+
+def addresses(*tensors: Any) -> list[int]:
+    """Returns where tensors lie in memory, as arguments of the library's functions."""
+    # A bare address keeps nothing alive: a caller holds each tensor in a variable until the kernel has returned.
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def find_compiler() -> str | None:
@@ -115,14 +146,8 @@ def _build() -> Path:
     # By its answer, not its path: an upgraded compiler has the same path.
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     # Everything that decides the machine code: a home folder may be shared by machines with different processors.
-    key = (
-        [file.read_bytes() for file in (*SOURCES, *HEADERS)],
-        FLAGS,
-        CPU_FLAGS,
-        version,
-        platform.machine(),
-        _processor(),
-    )
+    sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
+    key = (sources, FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
     path = _folder() / f"{hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()}.so"
     if _is_ours(path.parent) and _is_intact(path):
         return path

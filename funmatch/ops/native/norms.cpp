@@ -9,34 +9,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "numbers.h"
+
 namespace {
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float read(const float* from) { return *from; }
-
-inline float read(const bfloat16* from) {
-    const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline void write(float* to, float value) { *to = value; }
-
-// Rounds to nearest, ties to even, as torch does. NaN is set apart, since rounding could carry its bits over
-// into another number.
-inline void write(bfloat16* to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to->bits = value != value ? 0x7fc0u : static_cast<uint16_t>(rounded);
-}
 
 // Shape of a batch (images, pixels, channels). `library.NormShape` must have the same fields in the same order.
 struct Shape {

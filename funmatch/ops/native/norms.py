@@ -53,11 +53,6 @@ def _kernels_are_right() -> bool:
     return all((a - b).abs().max() < TOLERANCE for a, b in zip(ours, reference, strict=True))
 
 
-def _addresses(*tensors: Tensor) -> list[int]:
-    # A bare address keeps nothing alive: a caller holds each tensor in a variable until the kernel has returned.
-    return [tensor.data_ptr() for tensor in tensors]
-
-
 def _group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, relu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -65,7 +60,7 @@ def _group_norm(
     # empty_like keeps channels_last, the layout that the kernel writes.
     y, stats = torch.empty_like(x), torch.empty(2, len(x), groups, **FLOATS)
     kernel = getattr(library.load_library(), f"group_norm_{DTYPES[x.dtype]}")
-    kernel(*_addresses(x, y, stats[0], stats[1], weight, bias), _shape(x, groups, relu=relu), eps)
+    kernel(*library.addresses(x, y, stats[0], stats[1], weight, bias), _shape(x, groups, relu=relu), eps)
     return y, stats
 
 
@@ -77,8 +72,8 @@ def _group_norm_backward(
     grad_y = grad_y.contiguous(memory_format=torch.channels_last)
     grad_x, shares = torch.empty_like(x), torch.empty(2, len(x), x.shape[1], **FLOATS)
     kernel = getattr(library.load_library(), f"group_norm_backward_{DTYPES[x.dtype]}")
-    addresses = _addresses(grad_y, x, grad_x, shares[0], shares[1], stats[0], stats[1], weight, bias)
-    kernel(*addresses, _shape(x, groups, relu=relu))
+    given = library.addresses(grad_y, x, grad_x, shares[0], shares[1], stats[0], stats[1], weight, bias)
+    kernel(*given, _shape(x, groups, relu=relu))
     # Summed over images here, in an order that does not depend on the kernel's threads.
     grad_weight, grad_bias = shares.sum(1)
     return grad_x, grad_weight, grad_bias
@@ -93,8 +88,8 @@ def _standardize(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor
     """Returns the standardized filters, and the mean and 1 / deviation of each, (2, filters)."""
     filters, stats = torch.empty_like(weight, dtype=dtype), torch.empty(2, len(weight), **FLOATS)
     kernel = getattr(library.load_library(), f"standardize_{DTYPES[dtype]}")
-    addresses = _addresses(weight, filters, stats[0], stats[1])
-    kernel(*addresses, len(weight), weight[0].numel(), eps, torch.get_num_threads())
+    given = library.addresses(weight, filters, stats[0], stats[1])
+    kernel(*given, len(weight), weight[0].numel(), eps, torch.get_num_threads())
     return filters, stats
 
 
@@ -105,8 +100,8 @@ def _standardize_backward(grad: Tensor, weight: Tensor, stats: Tensor) -> Tensor
         grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     grad_weight = torch.empty_like(weight)
     kernel = getattr(library.load_library(), f"standardize_backward_{DTYPES[grad.dtype]}")
-    addresses = _addresses(grad, weight, grad_weight, stats[0], stats[1])
-    kernel(*addresses, len(weight), weight[0].numel(), torch.get_num_threads())
+    given = library.addresses(grad, weight, grad_weight, stats[0], stats[1])
+    kernel(*given, len(weight), weight[0].numel(), torch.get_num_threads())
     return grad_weight
 
 

@@ -10,6 +10,7 @@ from funmatch.config import Distill
 from funmatch.errors import InputError
 from funmatch.models.classifier import check_side
 from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.models.inference import packed_layers
 from funmatch.models.inference.answers import Layout
 from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
@@ -21,6 +22,7 @@ from funmatch.runtime.log import info
 from funmatch.runtime.measured import Measurement
 from funmatch.training.teachers.loading import LoadedTeacher, member
 
+NATIVE = "native"
 COMPARED_IMAGES = 256
 """Images, at most, on which an inference mode is compared with plain fp32 at once."""
 MODE_SHAPE = {f"{field.name}?": field.type for field in fields(InferenceMode)}
@@ -86,7 +88,8 @@ def _freeze_one(
     teacher: LoadedTeacher, sample: Tensor, config: Distill, further: FurtherViews | None
 ) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, sample.device)
-    allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config))
+    packed = config.compile == NATIVE and sample.device.type == "cpu" and packed_layers.is_available()
+    allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config), packed)
     measured = _measurement(teacher, sample, allowed, "first batch" if further is None else "several batches")
     allowed = replace(allowed, first=_measured_mode(measured, allowed))
     frozen, tried = freeze(teacher.load_again, sample, allowed, further)
@@ -114,7 +117,7 @@ def _uses_native_norms(teacher: LoadedTeacher, sample: Tensor, config: Distill) 
     """Returns whether native kernels compute a teacher's GroupNorms: requested, worthwhile and available."""
     # A small network gains too little to be worth another rounding.
     large = teacher.classifier.count_parameters() >= SMALL_NETWORK
-    if config.compile != "native" or sample.device.type != "cpu" or not large:
+    if config.compile != NATIVE or sample.device.type != "cpu" or not large:
         return False
     if not any(native_group_norms(teacher.classifier.net)):
         return False

@@ -1,0 +1,234 @@
+// Computes BatchNorm with the activation behind it on the CPU in training mode, in as few passes over memory as possible.
+//
+// The layout is that of `norms.cpp`: channels last, inner loops over channels. Each image is summed by a single thread, and
+// the images' sums are added in their order, so results do not depend on the number of threads.
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "numbers.h"
+
+namespace {
+
+// `library.BatchShape` must have the same fields in the same order.
+struct Shape {
+    int64_t images, pixels, channels;
+    double eps, momentum;
+    int activation, threads;
+};
+
+// e^x within some 1e-7 of it, in steps that compilers turn into vectors: 2^n · e^r with |r| ≤ ln 2 / 2, e^r by Taylor.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2²³: what is left of the fraction is rounded away
+    const float n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float power = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.3333333e-3f + r * 1.3888889e-3f)))));
+    int32_t bits;
+    std::memcpy(&bits, &power, sizeof bits);
+    bits += static_cast<int32_t>(n) * (1 << 23);
+    std::memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+// The activations, in the order of `batch_norms.ACTIVATIONS`, and their derivatives as torch takes them.
+enum { NONE, RELU, RELU6, HARDSWISH, SILU };
+
+template <int ACTIVATION>
+inline float activate(float x) {
+    if (ACTIVATION == RELU) return x > 0 ? x : x * 0.0f;  // `x * 0` instead of 0 lets NaN through
+    if (ACTIVATION == RELU6) return x > 0 ? (x < 6 ? x : 6 + (x - x)) : x * 0.0f;
+    if (ACTIVATION == HARDSWISH) return x > -3 ? (x < 3 ? x * (x + 3) * (1.0f / 6) : x) : x * 0.0f;
+    if (ACTIVATION == SILU) return x / (1 + exponential(-x));
+    return x;
+}
+
+template <int ACTIVATION>
+inline float slope(float x) {
+    if (ACTIVATION == RELU) return x > 0 ? 1.0f : 0.0f;
+    if (ACTIVATION == RELU6) return x > 0 && x < 6 ? 1.0f : 0.0f;
+    if (ACTIVATION == HARDSWISH) return x > -3 ? (x < 3 ? x * (1.0f / 3) + 0.5f : 1.0f) : 0.0f;
+    if (ACTIVATION == SILU) {
+        const float sigmoid = 1 / (1 + exponential(-x));
+        return sigmoid * (1 + x * (1 - sigmoid));
+    }
+    return 1.0f;
+}
+
+// Pixels that are summed in float32, which makes full vectors; the sums of blocks are summed in float64.
+constexpr int64_t BLOCK = 128;
+
+// Adds up what `add(pixel, first, second)` adds for each pixel of an image; writes two sums a channel.
+template <typename Add>
+void sum_image(double* __restrict totals, float* __restrict sums, int64_t pixels, int64_t channels, Add add) {
+    for (int64_t c = 0; c < 2 * channels; ++c) totals[c] = sums[c] = 0;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+        add(pixel, sums, sums + channels);
+        if (pixel % BLOCK != BLOCK - 1 && pixel != pixels - 1) continue;
+#pragma omp simd
+        for (int64_t c = 0; c < 2 * channels; ++c) {
+            totals[c] += sums[c];
+            sums[c] = 0;
+        }
+    }
+}
+
+// y = activation((x − mean) / deviation · weight + bias), with mean and deviation over all images. Writes both for the
+// backward pass, and moves the running statistics as torch does, unless there are none.
+template <int ACTIVATION, typename T>
+void batch_norm(const T* x, T* y, float* mean, float* inverse, float* running_mean, float* running_var, const float* weight,
+                const float* bias, const Shape& shape) {
+    const int64_t channels = shape.channels, pixels = shape.pixels, images = shape.images;
+    const double count = static_cast<double>(images) * static_cast<double>(pixels);
+    // Differences from the first image's first pixel: for values far from 0, the mean of the squares less the square of
+    // the mean would lose the deviation.
+    std::vector<float> lines(3 * channels);
+    std::vector<double> totals(2 * channels * images);
+    float* __restrict first = lines.data();
+    float* __restrict scale = first + channels;
+    float* __restrict shift = scale + channels;
+    for (int64_t c = 0; c < channels; ++c) first[c] = read(x + c);
+#pragma omp parallel num_threads(shape.threads)
+    {
+        std::vector<float> sums(2 * channels);
+#pragma omp for schedule(static)
+        for (int64_t image = 0; image < images; ++image) {
+            const T* from = x + image * pixels * channels;
+            sum_image(&totals[2 * channels * image], sums.data(), pixels, channels,
+                      [&](int64_t pixel, float* __restrict sum, float* __restrict square) {
+                          const T* __restrict row = from + pixel * channels;
+#pragma omp simd
+                          for (int64_t c = 0; c < channels; ++c) {
+                              const float value = read(row + c) - first[c];
+                              sum[c] += value;
+                              square[c] += value * value;
+                          }
+                      });
+        }
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < channels; ++c) {
+            double total = 0, square = 0;
+            for (int64_t image = 0; image < images; ++image) {
+                total += totals[2 * channels * image + c];
+                square += totals[2 * channels * image + channels + c];
+            }
+            const double offset = total / count, deviation = square / count - offset * offset;
+            // Rounding may leave a constant channel slightly below 0; `* 0` instead of 0 lets NaN through.
+            const double variance = deviation > 0 ? deviation : deviation * 0;
+            mean[c] = static_cast<float>(first[c] + offset);
+            inverse[c] = static_cast<float>(1 / std::sqrt(variance + shape.eps));
+            scale[c] = inverse[c] * weight[c];
+            shift[c] = bias[c] - mean[c] * scale[c];
+            if (!running_mean) continue;
+            running_mean[c] += static_cast<float>(shape.momentum * (first[c] + offset - running_mean[c]));
+            running_var[c] += static_cast<float>(shape.momentum * (variance * count / (count - 1) - running_var[c]));
+        }
+#pragma omp for schedule(static)
+        for (int64_t pixel = 0; pixel < images * pixels; ++pixel) {
+            const T* __restrict row = x + pixel * channels;
+            T* __restrict to = y + pixel * channels;
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) write(to + c, activate<ACTIVATION>(read(row + c) * scale[c] + shift[c]));
+        }
+    }
+}
+
+// With d = dy · activation′, z = (x − mean) / deviation, and means over all images:
+//
+//     dx = weight · (d − mean(d) − z · mean(d · z)) / deviation.
+template <int ACTIVATION, typename T>
+void batch_norm_backward(const T* dy, const T* x, T* dx, float* dweight, float* dbias, const float* mean, const float* inverse,
+                         const float* weight, const float* bias, const Shape& shape) {
+    const int64_t channels = shape.channels, pixels = shape.pixels, images = shape.images;
+    const double count = static_cast<double>(images) * static_cast<double>(pixels);
+    std::vector<float> lines(4 * channels);
+    std::vector<double> totals(2 * channels * images);
+    float* __restrict scale = lines.data();
+    float* __restrict shift = scale + channels;
+    float* __restrict factor = shift + channels;
+    float* __restrict constant = factor + channels;
+    for (int64_t c = 0; c < channels; ++c) {
+        scale[c] = inverse[c] * weight[c];
+        shift[c] = bias[c] - mean[c] * scale[c];
+    }
+#pragma omp parallel num_threads(shape.threads)
+    {
+        std::vector<float> sums(2 * channels);
+#pragma omp for schedule(static)
+        for (int64_t image = 0; image < images; ++image) {
+            const T* from = x + image * pixels * channels;
+            const T* given = dy + image * pixels * channels;
+            sum_image(&totals[2 * channels * image], sums.data(), pixels, channels,
+                      [&](int64_t pixel, float* __restrict d_sum, float* __restrict dz_sum) {
+                          const T* __restrict row = from + pixel * channels;
+                          const T* __restrict given_row = given + pixel * channels;
+#pragma omp simd
+                          for (int64_t c = 0; c < channels; ++c) {
+                              // The activation's slope is computed anew from x: memory costs more than the arithmetic.
+                              const float value = read(row + c);
+                              const float d = read(given_row + c) * slope<ACTIVATION>(value * scale[c] + shift[c]);
+                              d_sum[c] += d;
+                              dz_sum[c] += d * (value - mean[c]);
+                          }
+                      });
+        }
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < channels; ++c) {
+            double d_total = 0, dz_total = 0;
+            for (int64_t image = 0; image < images; ++image) {
+                d_total += totals[2 * channels * image + c];
+                dz_total += totals[2 * channels * image + channels + c];
+            }
+            dz_total *= inverse[c];
+            dbias[c] = static_cast<float>(d_total);
+            dweight[c] = static_cast<float>(dz_total);
+            // dx as a line in d and x, so that the second pass is one expression.
+            const double line = -static_cast<double>(scale[c]) * inverse[c] * dz_total / count;
+            factor[c] = static_cast<float>(line);
+            constant[c] = static_cast<float>(-scale[c] * d_total / count - line * mean[c]);
+        }
+#pragma omp for schedule(static)
+        for (int64_t pixel = 0; pixel < images * pixels; ++pixel) {
+            const T* __restrict row = x + pixel * channels;
+            const T* __restrict given_row = dy + pixel * channels;
+            T* __restrict to = dx + pixel * channels;
+#pragma omp simd
+            for (int64_t c = 0; c < channels; ++c) {
+                const float value = read(row + c);
+                const float d = read(given_row + c) * slope<ACTIVATION>(value * scale[c] + shift[c]);
+                write(to + c, d * scale[c] + value * factor[c] + constant[c]);
+            }
+        }
+    }
+}
+
+#define BY_ACTIVATION(FUNCTION, ...)                                                                                       \
+    switch (shape->activation) {                                                                                           \
+        case RELU: return FUNCTION<RELU>(__VA_ARGS__, *shape);                                                             \
+        case RELU6: return FUNCTION<RELU6>(__VA_ARGS__, *shape);                                                           \
+        case HARDSWISH: return FUNCTION<HARDSWISH>(__VA_ARGS__, *shape);                                                   \
+        case SILU: return FUNCTION<SILU>(__VA_ARGS__, *shape);                                                             \
+        default: return FUNCTION<NONE>(__VA_ARGS__, *shape);                                                               \
+    }
+
+}  // namespace
+
+// One entry point for each dtype, in C so that ctypes finds it by name; `library.SIGNATURES` lists the arguments.
+#define KERNELS(T, NAME)                                                                                                   \
+    void batch_norm_##NAME(const void* x, void* y, float* mean, float* inverse, float* running_mean, float* running_var,   \
+                           const float* weight, const float* bias, const Shape* shape) {                                   \
+        BY_ACTIVATION(batch_norm, static_cast<const T*>(x), static_cast<T*>(y), mean, inverse, running_mean, running_var,  \
+                      weight, bias)                                                                                        \
+    }                                                                                                                      \
+    void batch_norm_backward_##NAME(const void* dy, const void* x, void* dx, float* dweight, float* dbias,                 \
+                                    const float* mean, const float* inverse, const float* weight, const float* bias,       \
+                                    const Shape* shape) {                                                                  \
+        BY_ACTIVATION(batch_norm_backward, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx),       \
+                      dweight, dbias, mean, inverse, weight, bias)                                                         \
+    }
+
+extern "C" {
+KERNELS(float, float32)
+KERNELS(bfloat16, bfloat16)
+}
