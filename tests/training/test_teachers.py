@@ -177,7 +177,8 @@ def test_run_with_two_teachers_at_two_sides(tmp_path):
     found = records(run.folder, "teacher")
     assert [each["teacher"] for each in found] == [TEACHER, TEACHER, f"{TEACHER} + {TEACHER}"]
     assert found[0]["top1"] == pytest.approx(0.85, abs=0.02)  # one image is 0.017
-    mode = {"folded": True, "precision": "fp32", "layout": "channels_last", "compiled": False, "native": False}
+    mode = {"folded": True, "precision": "fp32", "layout": "channels_last"}
+    mode |= dict.fromkeys(("compiled", "native", "packed"), False)
     assert found[0]["form"] == mode
     assert found[0]["beside_fp32"]["agreement"] == 1.0
     config = json.loads((run.folder / "config.json").read_text())
