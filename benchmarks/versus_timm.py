@@ -58,11 +58,14 @@ def make_images(folder: Path, count: int) -> None:
         Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(temporary, quality=92)
 
 
-def network(name: str, seed: int) -> Any:
-    """A network with random weights, including a head that is not zero."""
+def network(name: str, seed: int, side: int = 128, weights: Path | None = None) -> Any:
+    """A network with random weights, including a head that is not zero, or with those of a file."""
     torch.manual_seed(seed)
-    net: Any = timm.create_model(name, num_classes=CLASSES)
+    sized: dict[str, Any] = {"img_size": side} if any(kind in name for kind in ("vit", "deit", "swin")) else {}
+    net: Any = timm.create_model(name, num_classes=CLASSES, **sized)
     torch.nn.init.normal_(net.get_classifier().weight, std=0.01)
+    if weights and weights.is_file():
+        net.load_state_dict(torch.load(weights, weights_only=True))
     return net
 
 
@@ -73,7 +76,8 @@ def timm_turn(folder: Path, options: argparse.Namespace, variant: tuple[str, ...
     from timm.task import LogitDistillationTask
     from timm.utils import dispatch_clip_grad
 
-    teacher, student = network(options.teacher, 0), network(options.student, 1)
+    teacher = network(options.teacher, 0, options.side, folder / "teacher.pt")
+    student = network(options.student, 1, options.side, folder / "student.pt")
     if "last" in variant:
         teacher, student = (net.to(memory_format=torch.channels_last) for net in (teacher, student))
     dataset = create_dataset("", root=str(folder / "images"), split="train", is_training=True, batch_size=options.batch)

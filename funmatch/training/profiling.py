@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import profile, record_function
 
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.flops import gflop
+from funmatch.ops.native import linear
 from funmatch.runtime import devices, env
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import info, print_table
@@ -158,12 +160,20 @@ def peak(device: torch.device, precision: str) -> float:
     # In the run's own precision: its peak is what the run could reach.
     dtype = devices.DTYPES.get(precision, torch.float32)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    # The libraries that torch has on a CPU differ by half.
+    packed = device.type == "cpu" and precision != "fp16" and torch.backends.mkldnn.is_available()
+    return max(_product_speed(product, left, right) for product in (torch.matmul, *[linear.product] * packed))
+
+
+def _product_speed(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
+    """Returns the GFLOP/s of a product of two square matrices."""
+    size, device = len(left), left.device
     times: list[float] = []
     until = time.perf_counter() + PEAK_SECONDS
     # The fastest of several: the first ones start the library and raise the clock.
     while len(times) < MIN_PRODUCTS or time.perf_counter() < until:
         began = time.perf_counter()
-        left @ right
+        product(left, right)
         # Without it only the launch would be timed.
         devices.synchronize(device)
         times.append(time.perf_counter() - began)

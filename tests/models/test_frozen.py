@@ -146,7 +146,7 @@ def test_every_precision_returns_fp32_logits_and_stays_frozen(precision):
 
 def fake_timing(seconds: dict[str, float]):
     """Replaces the time measurement, so that the order of modes does not depend on the machine."""
-    return lambda _make, modes, _views, **_packed: {modes[0]: seconds[modes[0].precision]}
+    return lambda _make, modes, *_, **_packed: {modes[0]: seconds[modes[0].precision]}
 
 
 def test_fastest_mode_with_equal_outputs_is_chosen(monkeypatch):
@@ -173,7 +173,7 @@ def test_mode_with_other_outputs_is_rejected(monkeypatch):
     monkeypatch.setattr(
         frozen_models,
         "time_layouts",
-        lambda _make, modes, _views, **_packed: {modes[0]: 9.0 if modes[0].precision == "fp32" else 1.0},
+        lambda _make, modes, *_, **_packed: {modes[0]: 9.0 if modes[0].precision == "fp32" else 1.0},
     )
     frozen, checks = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16", "fp32")))
     assert frozen.mode.precision == "fp32"

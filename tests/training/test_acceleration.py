@@ -208,7 +208,7 @@ def test_kernels_are_those_that_measured_faster_and_a_resumed_run_keeps_its_own(
         return acceleration.student_kernels(config, steps, 32, student, CPU)["kernels"]
 
     assert kernels(config) == ["linear", "attention"], "nothing was measured"
-    place = acceleration.steps_measurement(student, 32, 32, ("linear", "attention"))
+    place = acceleration.steps_measurement(student, 32, 16, ("linear", "attention"))
     place.write(seconds(fp32=2.0, bf16=1.0) | {"bf16 native": 1.1})
     assert kernels(config) == [], "torch is faster"
     assert kernels(config, steps=100) == ["linear", "attention"], "such runs do not measure"

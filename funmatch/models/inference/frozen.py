@@ -1,5 +1,6 @@
 """Freezes a teacher, and picks the fastest inference mode whose outputs match plain fp32."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from funmatch.ops.tasks.task import task_of
 TIMED_IMAGES, TIMING_REPEATS = 16, 3
 CLEARLY_FASTER = 1.1
 """Speed-up that is needed to prefer what is less usual: timings vary by a few per cent."""
+HOPELESS = 1.5
+"""Multiple of the fastest mode's time from which a first pass decides that a mode is slower."""
 SMALL_NETWORK = 1_000_000
 """Number of parameters below which no other mode is worth its rounding."""
 
@@ -166,7 +169,9 @@ def candidate_modes(
     seconds: dict[InferenceMode, float] = {}
     for precision in precisions:
         modes = [InferenceMode(precision=precision, layout=layout) for layout in LAYOUTS]
-        seconds |= {modes[0]: 0.0} if small else time_layouts(make, modes, views, packed=allowed.packed)
+        fastest = min(seconds.values(), default=math.inf)
+        timed = {} if small else time_layouts(make, modes, views, fastest, packed=allowed.packed)
+        seconds |= timed or {modes[0]: 0.0}
     in_fp32 = [mode for mode in seconds if mode.precision == "fp32"]
     limit = CLEARLY_FASTER * min((seconds[mode] for mode in in_fp32), default=float("inf"))
     # Other precisions round more than fp32, so they have to be clearly faster.
@@ -181,7 +186,7 @@ def candidate_modes(
 
 
 def time_layouts(
-    make: Callable[[], Classifier], modes: list[InferenceMode], views: Tensor, *, packed: bool
+    make: Callable[[], Classifier], modes: list[InferenceMode], views: Tensor, fastest: float, *, packed: bool
 ) -> dict[InferenceMode, float]:
     """Times modes that differ in their layout only.
 
@@ -189,6 +194,7 @@ def time_layouts(
         make: as of `freeze`.
         modes: the usual one first; others have to be clearly faster.
         views: to time with, (n, 3, side, side).
+        fastest: seconds of the fastest mode so far; modes that are far from it are not timed further.
         packed: time packed weights too, which change nothing but the time, so that they need not be clearly faster.
 
     Returns:
@@ -200,12 +206,12 @@ def time_layouts(
         for mode in modes:
             frozen.mode = mode
             to_memory_format(frozen.classifier.net, LAYOUTS[mode.layout])
-            seconds[mode] = _median_seconds(frozen, views)
+            seconds[mode] = _median_seconds(frozen, views, min([*seconds.values(), fastest]))
         if packed:
             to_memory_format(frozen.classifier.net, LAYOUTS[modes[0].layout])
             frozen.mode = modes[0]
             frozen.pack()
-            seconds[frozen.mode] = _median_seconds(frozen, views)
+            seconds[frozen.mode] = _median_seconds(frozen, views, min([*seconds.values(), fastest]))
     except InputError:
         raise
     except Exception:  # not every network runs in every mode; `try_mode` reports why
@@ -257,8 +263,11 @@ def try_mode(
         return None, ParityCheck(mode, len(reference.first), 0.0, 0.0, first_line(error))
 
 
-def _median_seconds(frozen: Frozen, views: Tensor) -> float:
-    frozen(views)  # the first pass in a layout chooses kernels and allocates
+def _median_seconds(frozen: Frozen, views: Tensor, fastest: float) -> float:
+    # The first pass in a layout chooses kernels and allocates, but not for that long.
+    first = _seconds(frozen, views)
+    if first > HOPELESS * fastest:
+        return first
     return statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
 
 

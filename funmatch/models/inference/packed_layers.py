@@ -53,6 +53,10 @@ class _Packed:
     _activation: tuple[str, tuple[float, ...], str]
     _activate: nn.Module
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy packs its weights anew: what oneDNN has laid out cannot be copied.
+        return {**vars(self), "_packed": None}
+
     def forward(self, x: Tensor) -> Tensor:
         if _is_packable(self, x):
             return self._compute(x)

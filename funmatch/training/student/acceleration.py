@@ -22,7 +22,7 @@ MEASURED_FROM = 200
 """Length of a run, in steps, from which a few seconds to measure the faster arithmetic pay off."""
 COMPILED_FROM = 2000
 """Length of a run, in steps, from which a minute or two of compilation pay off."""
-IMAGES = 32
+IMAGES = 16
 """Images of a timed step, at most."""
 NATIVE = "native"
 NAMES = {
