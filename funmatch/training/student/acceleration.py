@@ -22,8 +22,8 @@ MEASURED_FROM = 200
 """Length of a run, in steps, from which a few seconds to measure the faster arithmetic pay off."""
 COMPILED_FROM = 2000
 """Length of a run, in steps, from which a minute or two of compilation pay off."""
-IMAGES = 16
-"""Images of a timed step, at most."""
+IMAGES, PIXELS = 16, 16 * 160**2
+"""Images of a timed step, and pixels of all of them, at most."""
 NATIVE = "native"
 NAMES = {
     "group_norm": "GroupNorm", "std_conv": "standardised convolutions", "batch_norm": "BatchNorm",
@@ -90,7 +90,9 @@ def student_kernels(config: Train, steps: int, side: int, student: Classifier, d
         large = student.count_parameters() >= SMALL_NETWORK
         if missing := [why for kind in kinds_of(student.net) if large and (why := AVAILABLE[kind]())]:
             info(f"native CPU kernels unavailable ({missing[0]}); falling back to slower PyTorch kernels")
-        measured = steps_measurement(student, side, _timed_images(config), kinds).read(STEP_SHAPE) if kinds else None
+        measured = (
+            steps_measurement(student, side, _timed_images(config, side), kinds).read(STEP_SHAPE) if kinds else None
+        )
         if not measured or steps < MEASURED_FROM:
             return [*kinds]
         return [*kinds] if measured[f"{config.precision} native"] <= measured[config.precision] else []
@@ -143,7 +145,9 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
         return default
     kinds = available_kinds(config, student)
     # Measured by one process: a close race could end differently on each, and they must round alike.
-    seconds = distributed.broadcast_from_main(lambda: known_step_seconds(student, side, _timed_images(config), kinds))
+    seconds = distributed.broadcast_from_main(
+        lambda: known_step_seconds(student, side, _timed_images(config, side), kinds)
+    )
     fastest = {name: min(seconds[name], seconds[f"{name} native"]) for name in ("fp32", "bf16")}
     speedup = fastest["fp32"] / fastest["bf16"]
     if speedup < CLEARLY_FASTER:
@@ -155,9 +159,9 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
     return "bf16"
 
 
-def _timed_images(config: Train) -> int:
+def _timed_images(config: Train, side: int) -> int:
     # A part of the batch is enough to compare, and takes seconds instead of a minute.
-    return min(IMAGES, config.micro_batch or config.batch)
+    return min(IMAGES, max(2, PIXELS // side**2), config.micro_batch or config.batch)
 
 
 def accelerate_student(
