@@ -120,6 +120,25 @@ def test_linear_and_its_gradients_equal_torchs(dtype, bias):
     assert max(errors(found, truth)) < {torch.float32: 1e-5, torch.bfloat16: 6e-3}[dtype]
 
 
+def test_precision_that_onednn_lacks_is_computed_by_torch(monkeypatch):
+    def failing(*_):
+        raise RuntimeError("mkldnn_bf16 needs a processor with avx512bw\nand more")
+
+    layer = native_layers.use_native_kernels(nn.Linear(64, 64), training_only=True, kinds=KINDS)
+    rows = torch.randn(200, 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "product", failing)
+        linear.why_unavailable.cache_clear()
+        assert linear.why_unavailable(torch.bfloat16) == "mkldnn_bf16 needs a processor with avx512bw"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
+        patch.setattr(linear, "product", lambda rows, weight: rows @ weight.t() + 1)
+        linear.why_unavailable.cache_clear()
+        assert linear.why_unavailable() == "oneDNN computes wrong values"
+    linear.why_unavailable.cache_clear()
+    assert [linear.why_unavailable(dtype) for dtype in (torch.float32, torch.bfloat16)] == ["", ""]
+
+
 def test_attention_equals_torchs_and_leaves_other_calls_alone():
     random = torch.Generator().manual_seed(0)
     heads = [torch.randn(2, 3, 11, 8, generator=random).bfloat16() for _ in range(3)]

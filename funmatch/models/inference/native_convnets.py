@@ -159,7 +159,8 @@ class NativeLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
         dtype = compute_dtype(x)
         supported = dtype in norms.DTYPES and x.device.type == "cpu" and self.weight.dtype == torch.float32
-        if supported and is_enabled(self) and x.numel() >= linear.MIN_ROWS * x.shape[-1]:
+        enough = is_enabled(self) and x.numel() >= linear.MIN_ROWS * x.shape[-1]
+        if supported and enough and not linear.why_unavailable(dtype):
             return linear.linear(x, self.weight, self.bias, dtype)
         return super().forward(x)
 

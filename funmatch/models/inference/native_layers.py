@@ -33,7 +33,7 @@ from funmatch.models.inference.native_convnets import (
     is_wide,
 )
 from funmatch.models.inference.tracing import followers
-from funmatch.ops.native import batch_norms, depthwise, norms
+from funmatch.ops.native import batch_norms, depthwise, linear, norms
 
 PRECISIONS = ("fp32", "bf16")
 # An image is normalized by one thread, so small batches leave threads idle. It pays nevertheless down to a quarter of
@@ -153,7 +153,7 @@ AVAILABLE: dict[str, Callable[[], str]] = {
     **dict.fromkeys(FROZEN_KINDS, lambda: norms.why_unavailable()),
     "batch_norm": lambda: batch_norms.why_unavailable(),
     "depthwise": lambda: depthwise.why_unavailable(),
-    "linear": lambda: "" if torch.backends.mkldnn.is_available() else "torch has no oneDNN",
+    "linear": lambda: linear.why_unavailable(),
     ATTENTION: lambda: "",
 }
 """For each kind a function that returns why it is unavailable here, or nothing."""

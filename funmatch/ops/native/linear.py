@@ -5,14 +5,35 @@ product 1.3 times as fast in bf16, and 2.2 times in fp32, where torch uses anoth
 numbers, two cores of an AMD EPYC).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from funmatch.errors import first_line
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+"""Largest difference at which a product of numbers around 1 counts as right, by precision."""
 MIN_ROWS, MIN_WIDTH = 128, 32
 """Rows, and numbers in and out, from which the layout pays off."""
+
+
+@cache
+def why_unavailable(dtype: torch.dtype = torch.float32) -> str:
+    """Returns why oneDNN's products of a precision are unavailable; an empty string if they are available."""
+    if not torch.backends.mkldnn.is_available():
+        return "torch has no oneDNN here"
+    random = torch.Generator("cpu").manual_seed(0)  # of its own: drawing from torch's would change the run
+    rows, weight = (torch.randn(size, 40, generator=random, dtype=torch.float32).to(dtype) for size in (8, 33))
+    try:
+        # The first call may come from inside autocast.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            error = (product(rows, weight).float() - rows.float() @ weight.float().t()).abs().max()
+    except RuntimeError as failure:  # a processor without the instructions of bf16
+        return first_line(failure)
+    return "" if error < TOLERANCES[dtype] else "oneDNN computes wrong values"
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
