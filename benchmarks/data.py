@@ -34,7 +34,7 @@ from timm.data import create_dataset, create_loader
 
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.cache.storing import CacheOptions
-from funmatch.data.decode import pick_decoder
+from funmatch.data.jpeg import pick_decoder
 from funmatch.data.loader import Loader
 from funmatch.ops.view_spec import ViewSpec
 

@@ -104,7 +104,7 @@ def rates(model: str, folder: Path, turns: int) -> None:
 def decoding(folder: Path) -> None:
     """Prints the milliseconds of one core that a file takes before the network."""
     trained = open_trained_model(SMALL, side=224)
-    from funmatch.data.decode import pick_decoder
+    from funmatch.data.jpeg import pick_decoder
     from funmatch.shipping.sources.files import Decoding, one_file
 
     how = Decoding(512, pick_decoder("auto"))

@@ -1,16 +1,13 @@
 """Decodes images into the pixels that a viewer would show: upright, RGB, transparency over white."""
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
-from funmatch.data.jpeg_boxes import Box, decode_box, pillow_rows, why_unavailable
+from funmatch.data.jpeg import Box, crop, decode_by_kernel, decode_plain
 from funmatch.data.limits import DEFAULT_LIMITS, Limits, check_memory, decoding
-from funmatch.errors import InputError, is_out_of_memory
 
 # Only real image formats: Pillow would also start an interpreter for PostScript. Some builds of Pillow lack a few.
 Image.init()
@@ -22,7 +19,6 @@ EXTENSIONS = {
 }  # fmt: skip
 # Stored scans hold one bit for each, in this order: a new kind goes to the end.
 KINDS = ("greyscale", "palette", "transparent", "CMYK", "16-bit", "turned by EXIF", "animated", "floating-point")
-DECODERS = ("pillow", "torchcodec")
 CONTENTS = {
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull)",
     b"<!doctype html": "a web page", b"<html": "a web page", b"<svg": "an SVG", b"<?xml": "XML", b"%pdf": "a PDF",
@@ -123,33 +119,18 @@ def decode(
             image.load()
             turn = None  # Pillow has already rotated a TIFF while loading it
         size = cap_size(image.size, cap)
-        if image.format == "JPEG" and image.size == size and turn is None:
-            pixels = _decode_as_stored(encoded, image, decoder, box)
-            if pixels is not None:
-                return pixels
-        if image.format == "JPEG" and min(image.size) >= 4 * min(size):
-            image.draft(image.mode, (2 * size[0], 2 * size[1]))
-        return _crop(_pixels(image, size, turn), box)
-
-
-def _decode_as_stored(encoded: bytes, image: Image.Image, decoder: str, box: Box | None) -> np.ndarray | None:
-    """Decodes a JPEG that is neither scaled nor turned, or a box of it; None where Pillow must do it as any image."""
-    colours = image.mode == "RGB"
-    # Decoders differ in what they make of greyscale, which is always Pillow's.
-    if box and _kernel_stands_in(decoder if colours else "pillow", image.mode):
-        pixels = decode_box(encoded, box)
-        # Where the kernel does not read an image, or finds it damaged, all goes on as without it.
-        if pixels is not None:
-            return pixels
-    if colours and decoder == "torchcodec":
-        # Damaged files fall through to Pillow, whose error message is clearer.
-        try:
-            return _crop(torchcodec_decode(encoded), box)
-        except RuntimeError as error:
-            # Without memory Pillow could succeed, with slightly other pixels.
-            if is_out_of_memory(error):
-                raise
-    return pillow_rows(image, box) if colours and box else None
+        if image.format == "JPEG":
+            if image.size == size and turn is None:
+                pixels = decode_plain(encoded, image, decoder, box)
+                if pixels is not None:
+                    return pixels
+            elif min(image.size) >= 4 * min(size):
+                image.draft(image.mode, (2 * size[0], 2 * size[1]))
+            else:
+                pixels = decode_by_kernel(encoded, image)
+                if pixels is not None:
+                    return crop(_pixels(Image.fromarray(pixels), size, turn), box)
+        return crop(_pixels(image, size, turn), box)
 
 
 def decode_opened(image: Image.Image, cap: int | None = None) -> np.ndarray:
@@ -176,63 +157,12 @@ def _pixels(image: Image.Image, size: tuple[int, int], turn: Image.Transpose | N
     return np.asarray(upright if turn is None else upright.transpose(turn))
 
 
-def _crop(image: np.ndarray, box: Box | None) -> np.ndarray:
-    if box is None:
-        return image
-    top, left, height, width = box
-    return image[top : top + height, left : left + width]
-
-
 def cap_size(size: tuple[int, int], cap: int | None) -> tuple[int, int]:
     """Scales a size down so that its shorter side is at most `cap`."""
     if cap is None or min(size) <= cap:
         return size
     first, second = (max(cap, round(length * cap / min(size))) for length in size)
     return first, second
-
-
-def pick_decoder(name: str) -> str:
-    """Resolves `auto` to a decoder, and checks that the requested one works.
-
-    Raises:
-        InputError: the decoder is not installed, or cannot be loaded.
-    """
-    if name == "pillow" or (name == "auto" and find_spec("torchcodec") is None):
-        return "pillow"
-    try:
-        _torchcodec()
-    except Exception as error:  # importing it loads FFmpeg's shared libraries, which fails in many ways
-        if name == "auto":
-            return "pillow"
-        raise InputError(
-            f"the decoder torchcodec is unavailable ({str(error).splitlines()[0]}); pip install torchcodec, or pass "
-            "--decoder pillow"
-        ) from None
-    return "torchcodec"
-
-
-def torchcodec_decode(encoded: bytes) -> np.ndarray:
-    """Decodes a JPEG with torchcodec to (height, width, 3) uint8."""
-    # Here, since this module also tells what an image is, and that must not wait for torch.
-    import torch
-
-    # A copy, since torch warns about memory that it must not write to.
-    return _torchcodec()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8)).permute(1, 2, 0).numpy()
-
-
-@cache
-def _kernel_stands_in(decoder: str, mode: str) -> bool:
-    """Returns whether the native kernel decodes boxes of JPEGs of a mode, with the pixels of a decoder."""
-    known = mode in ("RGB", "L")
-    return known and not why_unavailable(torchcodec_decode if decoder == "torchcodec" else decode, mode)
-
-
-@cache
-def _torchcodec():
-    # Here, since it is optional and loads FFmpeg.
-    from torchcodec.decoders import decode_image
-
-    return decode_image
 
 
 def _open_image(encoded: bytes, limits: Limits) -> Image.Image:

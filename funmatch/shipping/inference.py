@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funmatch.config.finished.predict import ImageReading
 from funmatch.data.cache.scan import reason_of
-from funmatch.data.decode import pick_decoder
+from funmatch.data.jpeg import pick_decoder
 from funmatch.data.limits import MAX_PIXELS, MAX_SCANS, Limits, is_of_machine
 from funmatch.data.prefetch import prefetch_items
 from funmatch.models.classifier import Classifier

@@ -15,7 +15,7 @@ from funmatch.config.options import Options as AnyOptions
 from funmatch.config.views import EVAL_RESAMPLE, RESAMPLE
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.decode import pick_decoder
+from funmatch.data.jpeg import pick_decoder
 from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError
 from funmatch.models.class_map import RULES

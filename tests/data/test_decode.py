@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from funmatch.data import decode as decoding
-from funmatch.data.decode import KINDS, decode, header, pick_decoder
+from funmatch.data import jpeg as jpegs
+from funmatch.data.decode import KINDS, decode, header
+from funmatch.data.jpeg import pick_decoder
 from funmatch.data.limits import Limits
 from funmatch.errors import InputError
 
@@ -180,8 +182,8 @@ def test_cap_limits_the_short_side():
 
 
 def test_missing_torchcodec_falls_back_or_is_an_error(monkeypatch):
-    monkeypatch.setattr(decoding, "find_spec", lambda _: None)
+    monkeypatch.setattr(jpegs, "find_spec", lambda _: None)
     assert pick_decoder("auto") == "pillow"
-    monkeypatch.setattr(decoding, "_torchcodec", lambda: 1 / 0)
+    monkeypatch.setattr(jpegs, "_torchcodec", lambda: 1 / 0)
     with pytest.raises(InputError, match="pip install torchcodec, or pass --decoder pillow"):
         pick_decoder("torchcodec")

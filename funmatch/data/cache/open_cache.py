@@ -28,8 +28,8 @@ from funmatch.data.cache.splits import apply_split, choose_splits
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming, label_table
 from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
-from funmatch.data.decode import pick_decoder
 from funmatch.data.join import count_sources
+from funmatch.data.jpeg import pick_decoder
 from funmatch.data.label_sets import join_copies
 from funmatch.data.limits import MAX_SCANS
 from funmatch.data.readers.catalog import data_home

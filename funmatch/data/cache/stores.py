@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from funmatch.config.choices import TaskName
-from funmatch.data.decode import Box, decode
+from funmatch.data.decode import decode
+from funmatch.data.jpeg import Box
 from funmatch.data.limits import MAX_PIXELS, Limits
 from funmatch.errors import InputError
 
@@ -129,7 +130,7 @@ class Streaming:
     Attributes:
         path: of the file.
         cap: longest short side, pixels; larger images are scaled down to it, as resident ones are.
-        decoder: one of `decode.DECODERS`.
+        decoder: one of `jpeg.DECODERS`.
         max_pixels: larger images are rejected.
     """
 

@@ -21,14 +21,14 @@ namespace {
 // ahead. So it is enough to look after each unit whether its codes were there.
 constexpr int64_t PADDING = 2048;
 
-// The order of coefficients in a file, as places in a block: they go diagonally, first to the right.
+// The order of coefficients in a file, as places in `Pending`: they go diagonally, first to the right.
 struct Zigzag {
     // Longer than a block, since the last symbol may point beyond it: to a place that is never used.
     uint8_t place[64 + END_OF_BLOCK] = {};
     constexpr Zigzag() {
         int row = 0, column = 0;
         for (int i = 0; i < 64 + END_OF_BLOCK; ++i) {
-            place[i] = static_cast<uint8_t>(i < 64 ? 8 * row + column : 64);
+            place[i] = static_cast<uint8_t>(i < 64 ? 8 * BLOCKS * row + column : 64 * BLOCKS);
             const bool up = (row + column) % 2 == 0;
             if (up ? column == 7 : row == 7) {
                 ++(up ? row : column);
@@ -116,6 +116,7 @@ private:
     const Header& image;
     Scan scan;
     Samples samples[3];
+    Pending pending;
     std::vector<uint16_t> sums;
     std::vector<uint8_t> wide[3];
 
@@ -148,6 +149,7 @@ private:
                 }
                 if (!read_unit(bits, row, unit) || bits.position() > scan.ends[stretch]) return false;
             }
+        if (pending.count && !pending.write()) return false;
         return !to_end || (bits.position() == scan.ends.back() && stretch + 1 == scan.ends.size());
     }
 
@@ -173,15 +175,16 @@ private:
         return symbol.length && last >= -32768 && last < 32768;
     }
 
-    bool read_block(Bits& stream, const Component& component, const Samples& to, int64_t y, int64_t x) const {
+    bool read_block(Bits& stream, const Component& component, const Samples& to, int64_t y, int64_t x) {
         const Codes& codes = image.codes[component.ac];
         const uint8_t* steps = image.quantization[component.quantization];
         Bits bits = stream;  // a copy, which stays in registers
-        int32_t coefficients[65] = {to.last_dc * steps[0]};
+        int32_t* coefficients = pending.coefficients + 8 * pending.count;
+        coefficients[0] = to.last_dc * steps[0];
         int next = 1;
         Symbol symbol;
         do {
-            if (bits.count < 32) bits.refill();
+            bits.refill();
             symbol = codes.next(bits);
             if (!symbol.length) return false;
             next += symbol.advance;
@@ -191,13 +194,15 @@ private:
         stream = bits;
         if (next > 64 && symbol.advance != END_OF_BLOCK) return false;
         if (next == 1 + END_OF_BLOCK) return write_flat_block(coefficients[0], to.block(y, x), to.row_bytes());
-        return write_block(coefficients, to.block(y, x), to.row_bytes());
+        pending.to[pending.count] = to.block(y, x);
+        pending.row_bytes[pending.count] = to.row_bytes();
+        return ++pending.count < BLOCKS || pending.write();
     }
 
     static bool skip_block(Bits& stream, const Codes& codes) {
         Bits bits = stream;
         for (int next = 1; next < 64;) {
-            if (bits.count < 32) bits.refill();
+            bits.refill();
             Group group = codes.groups[bits.window >> (64 - LOOK)];
             // One by one where a group would go on in the next block.
             if (!group.length || next + group.advance > (group.advance < END_OF_BLOCK ? 64 : 63 + END_OF_BLOCK)) {

@@ -7,6 +7,7 @@
 #include <cstring>
 
 namespace jpeg {
+namespace {
 
 constexpr int LOOK = 11;           // bits that a look-up takes; more would crowd the processor's nearest cache
 constexpr int END_OF_BLOCK = 128;  // `advance` where no coefficient follows in a block
@@ -37,7 +38,8 @@ struct Bits {
 struct alignas(4) Symbol {
     uint8_t advance;  // places in the block, the coefficient's own included
     uint8_t length;   // bits, at most 31; 0 of what is no code
-    uint8_t size;     // those of the value
+    uint8_t code;     // bits of the code itself
+    uint8_t rest;     // 63 less the bits of the value
 };
 
 // Several symbols that lie in one look-up, for blocks whose coefficients are not needed.
@@ -86,10 +88,10 @@ public:
     // Returns the value of the next symbol: those that begin with 0 are negative. Without branches, as nobody can tell
     // which sign is next.
     static int32_t value(const Bits& bits, const Symbol of) {
-        const uint64_t from = bits.window << (of.length - of.size);
+        const uint64_t from = bits.window << of.code;
         const uint64_t flip = (from >> 63) - 1;
         // In two shifts, since values of no bits would need one by 64.
-        const uint64_t size = (from ^ flip) >> 1 >> (63 - of.size);
+        const uint64_t size = (from ^ flip) >> 1 >> of.rest;
         return static_cast<int32_t>((size ^ flip) - flip);
     }
 
@@ -104,7 +106,7 @@ private:
         const int size = name & 15, run = name >> 4;
         // As in libjpeg, any run without a value ends the block, except of 16 zeros.
         const bool ends = !dc && size == 0 && run != 15;
-        return {static_cast<uint8_t>(ends ? END_OF_BLOCK : run + 1), static_cast<uint8_t>(length + size), static_cast<uint8_t>(size)};
+        return {static_cast<uint8_t>(ends ? END_OF_BLOCK : run + 1), static_cast<uint8_t>(length + size), static_cast<uint8_t>(length), static_cast<uint8_t>(63 - size)};
     }
 
     // Joins the symbols whose codes lie in a look-up, up to the end of a block. The last one's value may go on beyond it.
@@ -114,7 +116,7 @@ private:
             const Symbol next = symbols[(bits << length) & ((1 << LOOK) - 1)];
             // Codes are known by their beginning, so that the bits must all be there. What does not fit into a block is an
             // error, which is told elsewhere.
-            if (!next.length || length + next.length - next.size > LOOK) break;
+            if (!next.length || length + next.code > LOOK) break;
             if (next.advance != END_OF_BLOCK && advance + next.advance > 64) break;
             advance += next.advance;
             length += next.length;
@@ -126,8 +128,9 @@ private:
     Symbol search(int32_t bits) const {
         for (int length = LOOK + 1; length <= 16; ++length)
             if (bits < limit[length]) return make(names[(bits >> (16 - length)) + offset[length]], length);
-        return {0, 0, 0};
+        return {0, 0, 0, 0};
     }
 };
 
+}  // namespace
 }  // namespace jpeg

@@ -9,6 +9,7 @@
 #include "jpeg_codes.h"
 
 namespace jpeg {
+namespace {
 
 // One of brightness and two differences of colour.
 struct Component {
@@ -142,4 +143,5 @@ private:
     }
 };
 
+}  // namespace
 }  // namespace jpeg

@@ -8,33 +8,50 @@
 #include <cstring>
 
 namespace jpeg {
+namespace {
 
-// Eight numbers at a time. Unsigned, since sums of damaged files' numbers may overflow.
-typedef uint32_t Lanes __attribute__((vector_size(32)));
-typedef int32_t SignedLanes __attribute__((vector_size(32)));
-typedef uint8_t ByteLanes __attribute__((vector_size(8)));
-
-#if defined(__clang__)
-#define FUNMATCH_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+// Blocks that are transformed at once: as many as fit side by side in the processor's vectors.
+#if defined(__AVX512F__)
+constexpr int BLOCKS = 2;
+#define FUNMATCH_LOW 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27
+#define FUNMATCH_HIGH 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31
 #else
-#define FUNMATCH_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes{__VA_ARGS__})
+constexpr int BLOCKS = 1;
+#define FUNMATCH_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define FUNMATCH_HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #endif
 
+// A row of each block. Unsigned, since sums of damaged files' numbers may overflow.
+typedef uint32_t Lanes __attribute__((vector_size(32 * BLOCKS)));
+typedef int32_t SignedLanes __attribute__((vector_size(32 * BLOCKS)));
+typedef uint8_t ByteLanes __attribute__((vector_size(8 * BLOCKS)));
+
+// Takes numbers of two rows in turns: of the first halves of the blocks' rows, or of the second ones.
+#if defined(__clang__)
+#define FUNMATCH_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FUNMATCH_MIX(a, b, ...) __builtin_shuffle(a, b, Lanes{__VA_ARGS__})
+#endif
+
+// Exchanges rows and columns of each block.
 inline void transpose(Lanes* rows) {
-    Lanes pairs[8], fours[8];
-    for (int i = 0; i < 4; ++i) {
-        pairs[i] = FUNMATCH_SHUFFLE(rows[i], rows[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-        pairs[i + 4] = FUNMATCH_SHUFFLE(rows[i], rows[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            fours[i + j] = FUNMATCH_SHUFFLE(pairs[i + j], pairs[i + j + 2], 0, 8, 1, 9, 2, 10, 3, 11);
-            fours[i + j + 2] = FUNMATCH_SHUFFLE(pairs[i + j], pairs[i + j + 2], 4, 12, 5, 13, 6, 14, 7, 15);
+#if !defined(__AVX2__)
+    // Compilers take shuffles of such vectors to pieces where the processor has none.
+    uint32_t from[64], to[64];
+    std::memcpy(from, rows, sizeof from);
+    for (int i = 0; i < 64; ++i) to[i] = from[i % 8 * 8 + i / 8];
+    std::memcpy(rows, to, sizeof to);
+#else
+    // Three times, numbers that are farther apart become neighbours.
+    Lanes mixed[8];
+    for (int times = 0; times < 3; ++times) {
+        for (int i = 0; i < 4; ++i) {
+            mixed[2 * i] = FUNMATCH_MIX(rows[i], rows[i + 4], FUNMATCH_LOW);
+            mixed[2 * i + 1] = FUNMATCH_MIX(rows[i], rows[i + 4], FUNMATCH_HIGH);
         }
-    for (int i = 0; i < 8; i += 2) {
-        rows[i] = FUNMATCH_SHUFFLE(fours[i], fours[i + 1], 0, 8, 1, 9, 2, 10, 3, 11);
-        rows[i + 1] = FUNMATCH_SHUFFLE(fours[i], fours[i + 1], 4, 12, 5, 13, 6, 14, 7, 15);
+        std::copy_n(mixed, 8, rows);
     }
+#endif
 }
 
 // The part of numbers that lies outside of -bound … bound - 1, for a power of two.
@@ -58,31 +75,42 @@ inline void transform(Lanes* x) {
     }
 }
 
-// Writes the 8 × 8 bytes of a block of coefficients. Returns whether they are those of every build of libjpeg: numbers that
-// only damaged files have overflow here and there in the 16 bits that vector instructions take.
-inline bool write_block(const int32_t* coefficients, uint8_t* to, int64_t row_bytes) {
-    Lanes x[8], wild{};
-    std::memcpy(x, coefficients, sizeof x);
-    for (const Lanes& row : x) wild |= beyond(row, 1 << 14);
-    transform<11>(x);
-    for (const Lanes& row : x) wild |= beyond(row, 1 << 14);
-    transpose(x);
-    transform<18>(x);
-    for (const Lanes& row : x) wild |= beyond(row, 1 << 9);
-    transpose(x);
-    for (int i = 0; i < 8; ++i) {
-        SignedLanes row = (SignedLanes)x[i] + 128;
-        row = row < 0 ? SignedLanes{} : row;
-        row = row > 255 ? SignedLanes{} + 255 : row;
-        const ByteLanes bytes = __builtin_convertvector(row, ByteLanes);
-        std::memcpy(to + i * row_bytes, &bytes, sizeof bytes);
-    }
-    uint32_t any = 0;
-    for (int i = 0; i < 8; ++i) any |= wild[i];
-    return !any;
-}
+// Blocks whose coefficients are read, until there are enough to transform.
+struct Pending {
+    // Row by row, of all blocks side by side; then numbers that are never used.
+    int32_t coefficients[64 * BLOCKS + 8 * BLOCKS] = {};
+    uint8_t* to[BLOCKS] = {};
+    int64_t row_bytes[BLOCKS] = {};
+    int count = 0;
 
-// The same of a block of one coefficient, whose bytes are all equal.
+    // Writes the 8 × 8 bytes of each block. Returns whether they are those of every build of libjpeg: numbers that only
+    // damaged files have overflow here and there in the 16 bits that vector instructions take.
+    bool write() {
+        Lanes x[8], wild{};
+        std::memcpy(x, coefficients, sizeof x);
+        std::memset(coefficients, 0, sizeof coefficients);
+        for (const Lanes& row : x) wild |= beyond(row, 1 << 14);
+        transform<11>(x);
+        for (const Lanes& row : x) wild |= beyond(row, 1 << 14);
+        transpose(x);
+        transform<18>(x);
+        for (const Lanes& row : x) wild |= beyond(row, 1 << 9);
+        transpose(x);
+        for (int i = 0; i < 8; ++i) {
+            SignedLanes row = (SignedLanes)x[i] + 128;
+            row = row < 0 ? SignedLanes{} : row;
+            row = row > 255 ? SignedLanes{} + 255 : row;
+            const ByteLanes bytes = __builtin_convertvector(row, ByteLanes);
+            for (int j = 0; j < count; ++j) std::memcpy(to[j] + i * row_bytes[j], reinterpret_cast<const uint8_t*>(&bytes) + 8 * j, 8);
+        }
+        count = 0;
+        uint32_t any = 0;
+        for (int i = 0; i < 8 * BLOCKS; ++i) any |= wild[i];
+        return !any;
+    }
+};
+
+// Writes a block of one coefficient, whose bytes are all equal. Returns the same as `Pending::write`.
 inline bool write_flat_block(int32_t coefficient, uint8_t* to, int64_t row_bytes) {
     const int32_t level = (4 * coefficient + 16) >> 5;
     for (int i = 0; i < 8; ++i) std::memset(to + i * row_bytes, std::min(std::max(level + 128, 0), 255), 8);
@@ -120,4 +148,5 @@ inline void write_grey(const uint8_t* __restrict y, int64_t count, uint8_t* __re
     for (int64_t i = 0; i < count; ++i) to[3 * i] = to[3 * i + 1] = to[3 * i + 2] = y[i];
 }
 
+}  // namespace
 }  // namespace jpeg

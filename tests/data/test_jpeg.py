@@ -1,4 +1,4 @@
-"""Boxes of JPEGs that the native kernel decodes are, to the byte, those of whole images that Pillow decodes."""
+"""JPEGs, and boxes of them, that the native kernel decodes are those that Pillow decodes, to the byte."""
 
 import shutil
 import subprocess
@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from funmatch.data import decode as decoding
-from funmatch.data import jpeg_boxes
-from funmatch.data.decode import decode, pick_decoder
-from funmatch.data.jpeg_boxes import Box, decode_box
+from funmatch.data import jpeg as jpegs
+from funmatch.data.decode import decode
+from funmatch.data.jpeg import Box, kernel_decode, pick_decoder, pillow_decode
 from funmatch.data.limits import Limits
 from funmatch.ops.native import library
 
@@ -28,7 +27,7 @@ def clear_kernel_caches():
 
 
 def clear_caches() -> None:
-    for cached in (library._load, decoding._kernel_stands_in, jpeg_boxes._examples):
+    for cached in (library._load, jpegs._kernel_stands_in, jpegs._examples):
         cached.cache_clear()
 
 
@@ -96,46 +95,48 @@ def damaged(rng: np.random.Generator, jpeg: bytes) -> bytes:
     return bytes(content)
 
 
-def result(jpeg: bytes, box: Box, *, kernel: bool) -> tuple[bytes, tuple] | str:
+def result(jpeg: bytes, *, kernel: bool, **options) -> tuple[bytes, tuple] | str:
     """What `decode` gives, or its error, with the kernel or without it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "_kernel_stands_in", lambda *_: kernel)
+        patch.setattr(jpegs, "_kernel_stands_in", lambda *_: kernel)
         try:
-            pixels = decode(jpeg, box=box, limits=Limits(scans=0))
+            pixels = decode(jpeg, limits=Limits(scans=0), **options)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     return pixels.tobytes(), pixels.shape
 
 
 def compare(seed: int, count: int, *, damage: bool) -> int:
-    """Compares so many images with Pillow's, three boxes of each; returns how many boxes the kernel decoded."""
+    """Compares so many images with Pillow's: boxes, whole and scaled; returns how many the kernel reads."""
     rng, decoded = np.random.default_rng(seed), 0
     for _ in range(count):
         whole = random_jpeg(rng)
-        for _ in range(3):
-            box, jpeg = random_box(rng, whole), damaged(rng, whole) if damage else whole
-            assert result(jpeg, box, kernel=True) == result(jpeg, box, kernel=False), (seed, box, jpeg)
-            decoded += decode_box(jpeg, box) is not None
+        box = random_box(rng, whole)
+        for options in ({"box": box}, {"box": random_box(rng, whole)}, {}, {"cap": int(rng.integers(1, 120))}):
+            jpeg = damaged(rng, whole) if damage else whole
+            expected = result(jpeg, kernel=False, **options)
+            assert result(jpeg, kernel=True, **options) == expected, (seed, options, jpeg)
+        decoded += kernel_decode(jpeg, box) is not None
     return decoded
 
 
 @pytest.mark.parametrize(("seed", "count"), [(0, 100), pytest.param(1, 5000, marks=pytest.mark.slow)])
 def test_boxes_are_those_of_whole_images(seed, count):
-    assert compare(seed, count, damage=False) > 2 * count, "the kernel reads most images"
+    assert compare(seed, count, damage=False) > count / 2, "the kernel reads most images"
 
 
 def test_damaged_images_give_the_pixels_or_errors_of_pillow():
-    assert compare(0, 150, damage=True) > 50, "the kernel reads some of them"
+    assert compare(0, 150, damage=True) > 10, "the kernel reads some of them"
 
 
 @pytest.mark.slow
 def test_thousands_of_damaged_images_end_no_process():
-    code = "import test_jpeg_boxes as tests; print(tests.compare(1, 4000, damage=True))"
+    code = "import test_jpeg as tests; print(tests.compare(1, 4000, damage=True))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 1000
+    assert int(done.stdout) > 300
 
 
 @pytest.mark.parametrize("options", [{"subsampling": number} for number in range(3)] + [{"restart_marker_rows": 1}])
@@ -151,7 +152,7 @@ def test_every_box_at_the_edges_is_exact(options):
             (near, 0, 2, 37),
         ):
             top, left, height, width = box
-            found = decode_box(jpeg, box)
+            found = kernel_decode(jpeg, box)
             assert found is not None
             np.testing.assert_array_equal(found, whole[top : top + height, left : left + width])
 
@@ -159,7 +160,7 @@ def test_every_box_at_the_edges_is_exact(options):
 def test_unusual_images_are_left_to_pillow():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     ordinary = encoded(image)
-    assert decode_box(ordinary, (0, 0, 40, 50)) is not None
+    assert kernel_decode(ordinary, (0, 0, 40, 50)) is not None
     frame = ordinary.index(b"\xff\xc0")
     colours = ordinary[:frame] + ordinary[frame:].replace(b"\x01\x22\x00", b"\x01\x41\x00", 1)  # 4:1:1
     deep = ordinary[: frame + 4] + b"\x0c" + ordinary[frame + 5 :]
@@ -169,7 +170,7 @@ def test_unusual_images_are_left_to_pillow():
         encoded(image.resize((4, 40)), subsampling=2), colours, deep, cut, ordinary[:100], b"", b"\xff\xd8",
         ordinary.replace(b"JFIF", b"JFIX").replace(b"\x01\x22\x00", b"\x52\x22\x00"),
     ):  # fmt: skip
-        assert decode_box(refused, (0, 0, 4, 4)) is None
+        assert kernel_decode(refused, (0, 0, 4, 4)) is None
 
 
 @pytest.mark.parametrize(
@@ -177,17 +178,17 @@ def test_unusual_images_are_left_to_pillow():
 )
 def test_boxes_beyond_the_image_are_refused(box):
     jpeg = encoded(Image.new("RGB", (50, 40)))
-    assert decode_box(jpeg, box) is None
+    assert kernel_decode(jpeg, box) is None
 
 
-def test_turned_and_scaled_images_give_their_boxes():
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_and_scaled_images_are_those_of_pillow(orientation):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     exif = Image.Exif()
-    for orientation in (1, 6):
-        exif[0x0112] = orientation
-        jpeg = encoded(image, exif=exif)
-        np.testing.assert_array_equal(decode(jpeg, box=(3, 5, 20, 11)), decode(jpeg)[3:23, 5:16])
-    np.testing.assert_array_equal(decode(jpeg, cap=20, box=(3, 5, 10, 11)), decode(jpeg, cap=20)[3:13, 5:16])
+    exif[0x0112] = orientation
+    jpeg = encoded(image, exif=exif)
+    for options in ({}, {"box": (3, 5, 20, 11)}, {"cap": 20}, {"cap": 20, "box": (3, 5, 10, 11)}, {"cap": 8}):
+        assert result(jpeg, kernel=True, **options) == result(jpeg, kernel=False, **options)
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
@@ -195,14 +196,17 @@ def test_the_kernel_stands_in_for_decoders_of_the_same_pixels(decoder, monkeypat
     if decoder == "torchcodec" and pick_decoder("auto") != decoder:
         pytest.skip("torchcodec is not installed, or not for this torch")
     calls = []
-    monkeypatch.setattr(decoding, "decode_box", lambda *given: calls.append(given) or decode_box(*given))
+    monkeypatch.setattr(jpegs, "kernel_decode", lambda *given: calls.append(given) or kernel_decode(*given))
     jpeg = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)))
-    expected = decode(jpeg, decoder=decoder)[3:23, 5:16]
+    decode(jpeg, decoder=decoder)  # compares the kernel with the decoder
+    calls.clear()
+    whole = jpegs.torchcodec_decode(jpeg) if decoder == "torchcodec" else pillow_decode(jpeg)
+    expected = whole[3:23, 5:16]
     np.testing.assert_array_equal(decode(jpeg, decoder=decoder, box=(3, 5, 20, 11)), expected)
     # Versions of torchcodec differ, and some compute other pixels.
     assert len(calls) == 1 or decoder == "torchcodec"
     grey = encoded(Image.open(BytesIO(jpeg)).convert("L"))
-    np.testing.assert_array_equal(decode(grey, decoder=decoder, box=(3, 5, 20, 11)), decode(grey)[3:23, 5:16])
+    np.testing.assert_array_equal(decode(grey, decoder=decoder, box=(3, 5, 20, 11)), pillow_decode(grey)[3:23, 5:16])
 
 
 def test_the_kernel_is_not_used_where_a_decoder_computes_other_pixels_or_fails():
@@ -211,18 +215,18 @@ def test_the_kernel_is_not_used_where_a_decoder_computes_other_pixels_or_fails()
         pixels[50, 70] ^= 1
         return pixels
 
-    assert "other pixels" in jpeg_boxes.why_unavailable(other, "RGB")
-    assert "division" in jpeg_boxes.why_unavailable(lambda _: 1 / 0, "RGB")
-    assert jpeg_boxes.why_unavailable(decode, "RGB") == ""
-    assert jpeg_boxes.why_unavailable(decode, "L") == ""
+    assert "other pixels" in jpegs.why_unavailable(other, "RGB")
+    assert "division" in jpegs.why_unavailable(lambda _: 1 / 0, "RGB")
+    assert jpegs.why_unavailable(pillow_decode, "RGB") == ""
+    assert jpegs.why_unavailable(pillow_decode, "L") == ""
 
 
 def test_without_a_compiler_boxes_are_decoded_by_pillow(monkeypatch):
     jpeg = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)))
     monkeypatch.setattr(library, "find_compiler", lambda: None)
     clear_caches()
-    assert "compiler" in jpeg_boxes.why_unavailable(decode, "RGB")
-    np.testing.assert_array_equal(decode(jpeg, box=(3, 5, 20, 11)), decode(jpeg)[3:23, 5:16])
+    assert "compiler" in jpegs.why_unavailable(pillow_decode, "RGB")
+    np.testing.assert_array_equal(decode(jpeg, box=(3, 5, 20, 11)), pillow_decode(jpeg)[3:23, 5:16])
 
 
 @pytest.mark.parametrize(
@@ -242,4 +246,4 @@ def test_a_miscompiled_kernel_is_not_used(tmp_path, monkeypatch, name, line, fau
     monkeypatch.setattr(library, "SOURCES", tuple(copies[path] for path in library.SOURCES))
     monkeypatch.setattr(library, "HEADERS", tuple(copies[path] for path in library.HEADERS))
     clear_caches()
-    assert "other pixels" in jpeg_boxes.why_unavailable(decode, "RGB")
+    assert "other pixels" in jpegs.why_unavailable(pillow_decode, "RGB")
