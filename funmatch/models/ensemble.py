@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -68,10 +69,19 @@ def select_classes(logits: Tensor, class_map: ClassMap | None, task: Task = MULT
     """
     if class_map is None:
         return logits
+    index = _index_of(class_map, logits.device)
+    sizes = [len(indices) for indices in class_map]
     # Indexing copies numbers as they are; logsumexp of a single one would round it.
-    if all(len(indices) == 1 for indices in class_map):
-        return logits[:, [indices[0] for indices in class_map]]
-    return torch.stack([task.join_classes(logits[:, list(indices)]) for indices in class_map], 1)
+    if set(sizes) == {1}:
+        return logits[:, index]
+    return torch.stack([task.join_classes(logits[:, each]) for each in index.split(sizes)], 1)
+
+
+@lru_cache(maxsize=32)
+def _index_of(class_map: ClassMap, device: torch.device) -> Tensor:
+    """Returns the classes that a map selects, one after another, on a device."""
+    # Kept there: an index that is a list is copied to the device anew, and each step would wait for it.
+    return torch.tensor([index for indices in class_map for index in indices], device=device)
 
 
 def mean_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -119,7 +119,10 @@ class Distillation:
         """Returns the batch with the teachers' logits, computed ahead in the threads that prepare batches."""
         if batch.teacher_logits is not None:
             return batch
-        teacher_views, _ = views_by_side(batch.to(self.setup.loop.device), self.setup.loader.teacher_sides)
+        device = self.setup.loop.device
+        # Pinned once for both copies: this one, and that of the loop, which would wait for pageable memory.
+        batch = batch.pin_memory(device)
+        teacher_views, _ = views_by_side(batch.to(device), self.setup.loader.teacher_sides)
         return replace(batch, teacher_logits=self.source.logits(batch, teacher_views))
 
     def teacher_answers(self, step: int) -> Tensor:

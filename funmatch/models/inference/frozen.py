@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
@@ -65,7 +65,7 @@ class Frozen(nn.Module):
                 head.float().register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
         if mode.packed:
             self.pack()
-        self.compiled: tuple[torch.Size, Callable[[Tensor], Any]] | None = None
+        self.compiled: tuple[set[torch.Size], Callable[[Tensor], Any]] | None = None
 
     def pack(self) -> None:
         """Lays the weights out for oneDNN, for good, as `InferenceMode.packed` says."""
@@ -101,10 +101,24 @@ class Frozen(nn.Module):
         if self.compiled is None:
             # "freezing" lets the compiler lay out kernels for this machine, since they never change.
             compiled = torch.compile(plain, dynamic=False, options={"freezing": True})
-            self.compiled = (inputs.shape, compiled)
+            self.compiled = ({inputs.shape}, compiled)
         # Other shapes, such as a last batch, run uncompiled: compiling each would take a minute.
-        shape, compiled = self.compiled
-        return compiled if inputs.shape == shape else plain
+        shapes, compiled = self.compiled
+        return compiled if inputs.shape in shapes else plain
+
+    def compile_for(self, views: Tensor, batches: Sequence[int]) -> None:
+        """Compiles the network for batches of these sizes, if its mode is compiled.
+
+        Args:
+            views: at least as many as the largest batch, (n, 3, side, side) in [0, 1].
+            batches: the first one is that of the first call, if there was one.
+        """
+        for size in batches:
+            if self.compiled:
+                shapes, _ = self.compiled
+                shapes.add(torch.Size((size, *next(iter(shapes))[1:])))
+            if self.mode.compiled:
+                self(views[:size])
 
 
 def freeze(

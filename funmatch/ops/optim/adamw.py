@@ -26,8 +26,8 @@ class AdamW(torch.optim.AdamW):
                 torch._foreach_copy_(exact, [cast("Tensor", parameter.grad) for parameter in parameters])
                 torch._foreach_mul_(exact, share)
                 torch._foreach_add_(exact, faded)
-            for parameter, before, after in zip(parameters, means, exact, strict=True):
-                self.state[parameter]["exp_avg"] = self._unless_overflowed(before, after)
+            for parameter, mean in zip(parameters, self._unless_overflowed(means, exact), strict=True):
+                self.state[parameter]["exp_avg"] = mean
             for parameter in group["params"]:
                 if (slots := self.state.get(parameter)) and slots["exp_avg"].dtype == torch.float32:  # the first step
                     slots["exp_avg"] = slots["exp_avg"].bfloat16()
@@ -46,9 +46,14 @@ class AdamW(torch.optim.AdamW):
                 self.state[parameter]["exp_avg"] = mean
         return updated, means, faded
 
-    def _unless_overflowed(self, before: Tensor, after: Tensor) -> Tensor:
-        """Returns the mean in bf16; a step whose fp16 gradients overflowed is none, and changes no mean."""
+    def _unless_overflowed(self, before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+        """Returns the means in bf16; a step whose fp16 gradients overflowed is none, and changes no mean."""
         overflowed = getattr(self, "found_inf", None)
-        if overflowed is None:
-            return before.copy_(after)
-        return torch.where(overflowed.to(after.device) > 0, before, after.bfloat16())
+        if overflowed is not None:
+            return [
+                torch.where(overflowed.to(new.device) > 0, old, new.bfloat16())
+                for old, new in zip(before, after, strict=True)
+            ]
+        if before:
+            torch._foreach_copy_(before, after)
+        return before

@@ -48,5 +48,5 @@ class EMA(Generic[Model]):
         floating = [name for name in average if average[name].is_floating_point()]
         torch._foreach_lerp_([average[name] for name in floating], [current[name] for name in floating], share)
         # Counters, such as BatchNorm's number of batches, have no average.
-        for name in average.keys() - floating:
-            average[name].copy_(current[name])
+        if counters := [name for name in average if not average[name].is_floating_point()]:
+            torch._foreach_copy_([average[name] for name in counters], [current[name] for name in counters])

@@ -19,7 +19,7 @@ from funmatch.runtime.disk.json_files import Damaged, read_record, seal
 from funmatch.runtime.disk.records import RUN_RECORD, RUN_SHAPE, RecordFolder
 from funmatch.runtime.log import info
 from funmatch.training.run import compare
-from funmatch.training.run.metrics_log import RECORDED_MODE, MetricsLog
+from funmatch.training.run.metrics_log import RECORDED_TEACHER, MetricsLog
 from funmatch.training.run.places import saved_step
 
 CHECKPOINTS = "checkpoints"
@@ -28,7 +28,7 @@ FORMAT = 1
 """Format number of run folders, in their `config.json`. Version 0.1.0 wrote none, which is read as 1."""
 FACTS = {
     **{f"{name}?": str | None for name in compare.COMPARED_FACTS},
-    "views?": str, "answers?": str, "teacher_forms?": [{"form": RECORDED_MODE, "beside_fp32?": dict}],
+    "views?": str, "answers?": str, "teacher_forms?": [RECORDED_TEACHER | {"beside_fp32?": dict}],
     "pictures?": dict[str, int], "classes?": list[str], "parameters?": int, "overridden?": dict[str, list],
     "changes?": [{"step": int, "option": str, "from": Any, "to": Any}],
     "machine?": str, "versions?": dict[str, str],

@@ -17,13 +17,16 @@ RECORDED_MODE = {
     "compiled?": bool, "native?": bool,
 }  # fmt: skip
 """Shape of a recorded inference mode of a teacher; earlier versions did not have all of its keys."""
+RECORDED_TEACHER = {"form": RECORDED_MODE, "batches?": [int]}
+"""Shape of what is recorded of a frozen teacher; `batches` are the sizes for which it was compiled."""
 SPLIT = {"split": str}
 EVENTS: dict[str, dict[str, Any]] = {
     "step": {"loss": float},
     "eval": SPLIT, "ema": SPLIT, "views": {},
     "nonfinite": {"action": {"skip", "rewind"}},
     "teacher": SPLIT
-    | {"teacher": str, "form?": RECORDED_MODE, "beside_fp32?": dict.fromkeys(("kl", "agreement"), float | None)},
+    | {"teacher": str, "form?": RECORDED_MODE, "beside_fp32?": dict.fromkeys(("kl", "agreement"), float | None)}
+    | {"batches?": [int]},
 }  # fmt: skip
 """Keys of an event's record whose values are not numbers."""
 

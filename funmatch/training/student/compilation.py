@@ -19,6 +19,8 @@ from funmatch.training.loop import LoopOptions
 
 COMPILE_MODES = {"on": None, "max": "max-autotune"}
 """Modes of `torch.compile`; max tries many kernels, and replays CUDA graphs."""
+WITHOUT_GRAPHS = {**COMPILE_MODES, "max": "max-autotune-no-cudagraphs"}
+"""The same where gradients are summed over pieces of a batch: a replayed graph overwrites those of the piece before."""
 
 
 def compile_student(student: Classifier, loop: LoopOptions, config: Train, side: int) -> None:
@@ -36,7 +38,8 @@ def compile_student(student: Classifier, loop: LoopOptions, config: Train, side:
     info(f"compiling {config.student}, a minute or two (disable with --compile off)")
     # A closure over the network: state_dict keeps its names, without the prefix of a compiled module.
     forward = student.answer_net if student.readout else lambda views: net(views)
-    student.compiled_net = torch.compile(forward, dynamic=False, mode=COMPILE_MODES[config.compile])
+    modes = COMPILE_MODES if len(bounds) == 2 else WITHOUT_GRAPHS
+    student.compiled_net = torch.compile(forward, dynamic=False, mode=modes[config.compile])
     try:
         # Every size is tried now, so that a failure comes before the first step.
         for size in sizes:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
 from funmatch.config import Distill
+from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError
 from funmatch.models.classifier import check_side
 from funmatch.models.ensemble import TeacherEnsemble
@@ -18,6 +20,7 @@ from funmatch.models.inference.native_layers import native_group_norms
 from funmatch.models.inference.reference import FurtherViews
 from funmatch.ops.native import norms
 from funmatch.runtime import devices
+from funmatch.runtime.chunks import even_chunks
 from funmatch.runtime.log import info
 from funmatch.runtime.measured import Measurement
 from funmatch.training.teachers.loading import LoadedTeacher, member
@@ -56,27 +59,54 @@ def freeze_fastest(
         )
     records, members = [], []
     for number, teacher in enumerate(teachers):
-        # A compiled network is specialised to its batch size, so it is compiled for the one that training uses.
-        size = config.teacher_batch if config.compiles else config.teacher_batch or COMPARED_IMAGES
-        sample = views[teacher.side][:size]
+        record = recorded[number] if recorded else None
+        batches = batches_of(config, len(views[teacher.side]), record)
+        sample = views[teacher.side][: batches[0]]
         # Before freezing: after it, a wrong image size would look like a failed inference mode.
         check_side(teacher.classifier, teacher.side)
-        # Without a check: the run has used this mode from its first step.
-        if recorded:
-            record = recorded[number]
-            mode = mode_of(record["form"])
-            if mode.native and (why := norms.why_unavailable()):
-                info(
-                    f"WARNING: this run was started with native CPU kernels for teacher {teacher.name}, which are "
-                    f"unavailable now ({why}); results will not be bitwise identical"
-                )
-            frozen = Frozen(teacher.load_again().to(sample.device), mode)
-            frozen(sample)  # compiles it for batches of this size, where it is compiled
+        if record:
+            frozen = _freeze_as_recorded(teacher, sample, record)
         else:
             frozen, record = _freeze_one(teacher, sample, config, further(teacher.side, len(sample)))
+            record |= {"batches": batches} if frozen.mode.compiled else {}
+        frozen.compile_for(sample, batches)
         records.append(record)
         members.append(member(teacher, frozen))
     return TeacherEnsemble(members, config.combine, config.teacher_batch, layout), records
+
+
+def batches_of(config: Distill, count: int, record: Mapping[str, Any] | None = None) -> list[int]:
+    """Returns the sizes of the batches that a teacher is shown in training, the largest first.
+
+    A compiled network is specialised to its batch size, so it is compiled for these.
+
+    Args:
+        count: images of this process in a step.
+        record: of the teacher, if the run resumes: it was compiled for the sizes that it names.
+    """
+    if record and "batches" in record:
+        return record["batches"]
+    if not config.compiles:
+        return [min(count, config.teacher_batch or COMPARED_IMAGES)]
+    # Runs of earlier versions compiled it for one size, which pieces of a batch did not have, and are to stay the same.
+    if record:
+        return [min(count, config.teacher_batch or count)]
+    # Pieces of a batch are the student's; ahead of it and once for all, the teacher sees it whole.
+    whole = config.teacher_ahead or STRATEGIES[config.strategy].fixed
+    pieces = even_chunks(count, None if whole else config.micro_batch)
+    chunks = [even_chunks(stop - start, config.teacher_batch) for start, stop in pairwise(pieces)]
+    return sorted({stop - start for bounds in chunks for start, stop in pairwise(bounds)}, reverse=True)
+
+
+def _freeze_as_recorded(teacher: LoadedTeacher, sample: Tensor, record: Mapping[str, Any]) -> Frozen:
+    # Without a check: the run has used this mode from its first step.
+    mode = mode_of(record["form"])
+    if mode.native and (why := norms.why_unavailable()):
+        info(
+            f"WARNING: this run was started with native CPU kernels for teacher {teacher.name}, which are "
+            f"unavailable now ({why}); results will not be bitwise identical"
+        )
+    return Frozen(teacher.load_again().to(sample.device), mode)
 
 
 def mode_of(form: Mapping[str, Any]) -> InferenceMode:

@@ -27,14 +27,14 @@ from funmatch.ops.view_spec import list_key_differences
 from funmatch.runtime.disk.files import disk_errors
 from funmatch.runtime.disk.json_files import Damaged
 from funmatch.runtime.disk.records import RecordFolder
-from funmatch.training.run.metrics_log import RECORDED_MODE
+from funmatch.training.run.metrics_log import RECORDED_TEACHER
 
 FORMAT = 1
 HEADER, ANSWERS = "tape.json", "answers.bin"
 HEADER_SHAPE = {
     "layout": {"batch": int, "classes": int, "top": int | None, "temperature": float},
     "asked": {"seed": int, "batch": int, "side": int, "crop": str},
-    "device": str, "forms": [{"form": RECORDED_MODE}], "run": {"teacher": list[str], "data": list[str]}, "check?": int,
+    "device": str, "forms": [RECORDED_TEACHER], "run": {"teacher": list[str], "data": list[str]}, "check?": int,
 }  # fmt: skip
 """`asked` is the key of what the logits depend on; `check` is missing on tapes that are older than it."""
 ROWS_AT_ONCE = 1 << 16
