@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -161,20 +162,39 @@ def _build() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, stderr = Path(folder) / path.name, ""
         for flags in CPU_FLAGS:
-            command = [compiler, *FLAGS, *flags, *map(str, SOURCES), "-o", str(compiled)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
-            if done.returncode == 0:
-                # Synced before the rename, or a power loss could leave a library of zeros under the final name.
-                with open(compiled, "rb") as file:
-                    os.fsync(file.fileno())
-                digest = hashlib.blake2b(compiled.read_bytes()).hexdigest()
-                os.chmod(compiled, 0o644)  # whatever the umask is: what others can write is never loaded
-                # The library last, so that one with a digest is never looked for in vain.
-                write_atomically(_digest_of(path), digest)
-                compiled.replace(path)
+            stderr = _compile([compiler, *FLAGS, *flags], compiled)
+            if stderr is None:
+                _put(compiled, path)
                 return path
-            stderr = done.stderr
     raise OSError(f"{compiler} cannot compile the kernels: {first_line(Exception(stderr))}")
+
+
+def _compile(command: list[str], library: Path) -> str | None:
+    """Compiles the sources into a library; returns what the compiler complains of, or None if it succeeded."""
+
+    def complaint(*arguments: str | Path) -> str | None:
+        words = [*command, *map(str, arguments)]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
+        return done.stderr if done.returncode else None
+
+    # At the same time: the first run on a machine waits for it.
+    objects = [library.with_name(f"{source.stem}.o") for source in SOURCES]
+    with ThreadPoolExecutor(len(SOURCES)) as pool:
+        complaints = [*pool.map(lambda source, into: complaint("-c", source, "-o", into), SOURCES, objects)]
+    found = next((each for each in complaints if each is not None), None)
+    return complaint(*objects, "-o", library) if found is None else found
+
+
+def _put(compiled: Path, path: Path) -> None:
+    """Puts a library that was compiled in its place in the cache, with its digest."""
+    # Synced before the rename, or a power loss could leave a library of zeros under the final name.
+    with open(compiled, "rb") as file:
+        os.fsync(file.fileno())
+    digest = hashlib.blake2b(compiled.read_bytes()).hexdigest()
+    os.chmod(compiled, 0o644)  # whatever the umask is: what others can write is never loaded
+    # The library last, so that one with a digest is never looked for in vain.
+    write_atomically(_digest_of(path), digest)
+    compiled.replace(path)
 
 
 def _folder() -> Path:
