@@ -63,7 +63,9 @@ def bf16_that_changes_some_views(monkeypatch):
     """Makes bf16 change the first class of the views in a set, and counts the images of each precision."""
     monkeypatch.setattr(frozen_models, "SMALL_NETWORK", 0)
     monkeypatch.setattr(
-        frozen_models, "time_layouts", lambda _make, modes, *_, **_packed: {modes[0]: 9.0 * (modes[0].precision == "fp32")}
+        frozen_models,
+        "time_layouts",
+        lambda _make, modes, *_, **_packed: {modes[0]: 9.0 * (modes[0].precision == "fp32")},
     )
     changed: set[int] = set()
     counts = {"plain": 0, "fp32": 0, "bf16": 0}
