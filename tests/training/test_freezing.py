@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from make_images import FEW
 import funmatch
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
+from funmatch.errors import InputError
 from funmatch.models.inference import frozen
 from funmatch.models.inference.reference import FurtherViews
 from funmatch.ops.mixing import mixup
 from funmatch.ops.view_spec import ViewSpec
+from funmatch.runtime.disk.json_files import seal
 from funmatch.training.teachers import freezing
 
 MINI = {
@@ -30,10 +33,10 @@ def views_on_which_modes_are_judged(monkeypatch, tmp_path):
     monkeypatch.setattr(freezing.devices, "teacher_precisions", lambda *_: ("bf16", "fp32"))
     found: list = []
 
-    def freeze(make, views, allowed, further):
+    def freeze(make, views, allowed, further, variants):
         more = further and list(further.batches)
         found.append((views, more, further and further.share))
-        return frozen.freeze(make, views, allowed, further and FurtherViews(iter(more), further.share))
+        return frozen.freeze(make, views, allowed, further and FurtherViews(iter(more), further.share), variants)
 
     monkeypatch.setattr(freezing, "freeze", freeze)
     return found
@@ -98,3 +101,94 @@ def test_a_resumed_run_is_not_judged_again(judged, tmp_path, monkeypatch):
     again = funmatch.distill(out=tmp_path / "run", steps=30, save_every=10, **MINI)
     assert (again.folder / "student" / "model.safetensors").read_bytes() == weights
     assert len(judged) == 1
+
+
+@pytest.fixture(name="rescued")
+def run_whose_teacher_keeps_a_layer_in_fp32(judged, tmp_path, monkeypatch):
+    """Folder of a run whose teacher fails in bf16 as a whole."""
+    assert judged == []
+    original = frozen.try_mode
+
+    def try_mode(make, mode, reference):
+        teacher, check = original(make, mode, reference)
+        fails = mode.precision == "bf16" and not mode.fp32_layers
+        return teacher, replace(check, kl=1.0) if fails else check
+
+    def variants(make, mode, reference):  # noqa: ARG001
+        yield replace(mode, fp32_layers=("conv1", "layer2.0"))
+
+    timings = {"bf16": 1.0, "fp32": 9.0}
+    monkeypatch.setattr(
+        frozen, "time_layouts", lambda _make, modes, _views, **_: {modes[0]: timings[modes[0].precision]}
+    )
+    monkeypatch.setattr(frozen, "try_mode", try_mode)
+    monkeypatch.setattr(freezing, "modes_with_fp32_layers", variants)
+    return funmatch.distill(out=tmp_path / "run", steps=30, save_every=10, **MINI).folder
+
+
+def unfinished(folder):
+    (folder / "result.json").unlink()
+    shutil.rmtree(sorted((folder / "checkpoints").glob("step-*"))[-1])
+
+
+def test_layers_in_fp32_are_recorded_remembered_and_resumed(rescued, tmp_path, monkeypatch, capsys):
+    form = {
+        "folded": True,
+        "precision": "bf16",
+        "layout": "contiguous",
+        "compiled": False,
+        "native": False,
+        "packed": False,
+    }
+    facts = json.loads((rescued / "config.json").read_text())["facts"]
+    found = facts["teacher_forms"][0]["form"]
+    assert found == form | {"layout": found["layout"], "packed": found["packed"], "fp32_layers": ["conv1", "layer2.0"]}
+    weights = (rescued / "student" / "model.safetensors").read_bytes()
+    assert "conv1, layer2.0 in fp32" in (rescued / "report.html").read_text()
+
+    unfinished(rescued)
+    with monkeypatch.context() as patched:
+        patched.setattr(freezing, "freeze", lambda *_: pytest.fail("judged again"))
+        funmatch.distill(out=rescued, steps=30, save_every=10, **MINI)
+    assert (rescued / "student" / "model.safetensors").read_bytes() == weights
+
+    # The next run tries the remembered form first, and searches nothing.
+    monkeypatch.setattr(freezing, "modes_with_fp32_layers", lambda *_: pytest.fail("searched again"))
+    capsys.readouterr()
+    other = funmatch.distill(out=tmp_path / "other", steps=30, **MINI).folder
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fashion-mini-teacher: " in line]
+    assert "using folded, bf16" in lines[0]
+    assert (other / "student" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            ["conv7"],
+            r"keeps layers of teacher fashion-mini-teacher in fp32, but it has no layer 'conv7', so the record",
+        ),
+        ([""], "it has no layer ''"),
+        (["layer2", "layer2.0"], "its layer 'layer2.0' is named twice"),
+        ("conv1", r"config.json is damaged \('fp32_layers' is not a list\)"),
+        ([3], r"config.json is damaged \('fp32_layers' is 3\)"),
+    ],
+)
+def test_damaged_records_of_layers_are_refused_in_a_sentence(rescued, layers, message):
+    unfinished(rescued)
+    path = rescued / "config.json"
+    config = json.loads(path.read_text())
+    config["facts"]["teacher_forms"][0]["form"]["fp32_layers"] = layers
+    path.write_text(json.dumps(seal(config)))
+    with pytest.raises(InputError, match=message):
+        funmatch.distill(out=rescued, steps=30, save_every=10, **MINI)
+
+
+def test_damaged_measurements_of_layers_are_ignored(rescued, tmp_path):
+    (place,) = (tmp_path / "cache" / "forms").iterdir()
+    for number, layers in enumerate((["conv7"], 3, [""])):
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"fp32_layers": layers}))
+        other = funmatch.distill(out=tmp_path / f"{number}", steps=30, **MINI).folder
+        config = json.loads((other / "config.json").read_text())
+        assert config["facts"]["teacher_forms"][0]["form"]["fp32_layers"] == ["conv1", "layer2.0"]
+    assert rescued.is_dir()

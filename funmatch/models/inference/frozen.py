@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier, to_memory_format
 from funmatch.models.inference.fold import fold
+from funmatch.models.inference.fp32_layers import convert
 from funmatch.models.inference.modes import DTYPES, LAYOUTS, PLAIN, AllowedModes, InferenceMode
 from funmatch.models.inference.native_layers import PRECISIONS, native_group_norms, use_native_kernels
 from funmatch.models.inference.outputs import logits_of
@@ -34,12 +35,18 @@ SMALL_NETWORK = 1_000_000
 """Number of parameters below which no other mode is worth its rounding."""
 
 
+Variants = Callable[[Callable[[], Classifier], InferenceMode, Reference], Iterable[InferenceMode]]
+
+
 class Frozen(nn.Module):
     """A classifier that stays in evaluation mode, even after `.train()` on a parent, and has no gradients.
 
     Args:
         classifier: taken over; any mode but `PLAIN` changes its network for good.
         mode: how it computes.
+
+    Raises:
+        UnknownLayers: the network has no layers of the names in `mode.fp32_layers`.
 
     Attributes:
         size: number of parameters, counted before folding removes some.
@@ -54,7 +61,12 @@ class Frozen(nn.Module):
         # Folded in fp32, before the conversion: folding kernels that are rounded already would round them twice.
         if mode.folded:
             net = classifier.net = fold(net)
-        to_memory_format(net.to(DTYPES[mode.precision]), LAYOUTS[mode.layout])
+        self.input_dtype = DTYPES[mode.precision]
+        if mode.fp32_layers and mode.precision != "fp32":
+            self.input_dtype = convert(net, self.input_dtype, mode.fp32_layers)
+        else:
+            net.to(self.input_dtype)
+        to_memory_format(net, LAYOUTS[mode.layout])
         if mode.native and not norms.why_unavailable():
             for norm in native_group_norms(use_native_kernels(net, training_only=False)):
                 norm.float()  # the kernels read weights in fp32, whatever the images are in
@@ -88,7 +100,7 @@ class Frozen(nn.Module):
         # The mode alone decides the precision: under the student's autocast fp32 would silently become bf16.
         attention = ProductAttention() if self.mode.packed else nullcontext()
         with torch.autocast(views.device.type, enabled=False), attention:
-            inputs = self.classifier.normalize(views.float()).to(DTYPES[self.mode.precision])
+            inputs = self.classifier.normalize(views.float()).to(self.input_dtype)
             inputs = inputs.contiguous(memory_format=LAYOUTS[self.mode.layout])
             output = self.net_for(inputs)(inputs)
         return (output if isinstance(output, Tensor) else logits_of(output, self.classifier.card.name)).float()
@@ -122,7 +134,11 @@ class Frozen(nn.Module):
 
 
 def freeze(
-    make: Callable[[], Classifier], views: Tensor, allowed: AllowedModes, further: FurtherViews | None = None
+    make: Callable[[], Classifier],
+    views: Tensor,
+    allowed: AllowedModes,
+    further: FurtherViews | None = None,
+    variants: Variants | None = None,
 ) -> tuple[Frozen, list[ParityCheck]]:
     """Freezes a teacher in the fastest mode whose outputs on a run's first views match plain fp32.
 
@@ -134,19 +150,43 @@ def freeze(
         views: of the first batch, (n, 3, side, side) in [0, 1], on the teacher's device.
         allowed: the modes to try.
         further: the views that follow; None for a run too short to be worth more than its first batch.
+        variants: called with a mode of 16 bits that failed, before modes of fp32 are tried; yields others to try in its
+            place.
 
     Returns:
         the frozen teacher, and the checks of the modes that were tried, in order; the last one is the teacher's.
     """
     reference, small = _reference(make, views, allowed, further)
     checks: list[ParityCheck] = []
-    for mode in candidate_modes(make, views[:TIMED_IMAGES], allowed, small=small):
+    modes = candidate_modes(make, views[:TIMED_IMAGES], allowed, small=small)
+    for mode in _with_variants(modes, checks, lambda failed: variants(make, failed, reference) if variants else ()):
         frozen, check = judge_mode(make, mode, reference)
         checks.append(check)
         is_requested = len(allowed.precisions) == 1 and not check.failed
         if frozen is not None and (check.good or is_requested):
             return frozen, checks
     return Frozen(make().to(views.device)), [*checks, ParityCheck(PLAIN, len(views), 0.0, 1.0)]
+
+
+def _with_variants(
+    modes: Iterator[InferenceMode],
+    checks: list[ParityCheck],
+    variants: Callable[[InferenceMode], Iterable[InferenceMode]],
+) -> Iterator[InferenceMode]:
+    """Yields modes; before the first of fp32, the variants of one that failed in each precision of 16 bits.
+
+    Args:
+        checks: of the modes that were yielded before.
+    """
+    done: set[str] = {"fp32"}
+    for mode in modes:
+        failed = [check.mode for check in checks if not check.failed and not check.mode.compiled]
+        # The fastest of each precision: the others compute with the same rounding.
+        for each in failed if mode.precision == "fp32" else ():
+            if each.precision not in done and not each.fp32_layers:
+                done.add(each.precision)
+                yield from variants(each)
+        yield mode
 
 
 def _reference(

@@ -1,6 +1,7 @@
 """Defines how a frozen network may compute: folded, in which precision and layout, compiled, with native kernels."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ class InferenceMode:
         native: GroupNorms are computed by the native CPU kernels where these are available.
         packed: weights are laid out once for oneDNN on the CPU, with activations computed by its kernels
             (`packed_layers`), and attention in 16 bits is computed by matrix products (`ops.native.attention`).
+        fp32_layers: names of modules of the (folded) network that compute in fp32 while the others do in 16 bits.
     """
 
     # Runs record these fields in config.json and read them back by name.
@@ -29,10 +31,20 @@ class InferenceMode:
     compiled: bool = False
     native: bool = False
     packed: bool = False
+    fp32_layers: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The mode as runs record it, as JSON has it."""
+        found = {**vars(self), "fp32_layers": [*self.fp32_layers]}
+        # Missing where there are none, as in earlier records: caches hold it in their keys.
+        return found if self.fp32_layers else {name: value for name, value in found.items() if name != "fp32_layers"}
 
     def __str__(self) -> str:
         flags = {"compiled": self.compiled, "native kernels": self.native, "packed weights": self.packed}
         words = [self.precision, self.layout.replace("_", " "), *(name for name, is_on in flags.items() if is_on)]
+        if self.fp32_layers:
+            words.append(f"{', '.join(self.fp32_layers)} in fp32")
         return ", ".join(["folded", *words] if self.folded else words)
 
     def is_allowed(self, allowed: "AllowedModes") -> bool:
@@ -42,7 +54,11 @@ class InferenceMode:
         # fp32 is what all fall back to, unless a precision was requested, which is then the only one.
         precisions = allowed.precisions if len(allowed.precisions) == 1 else ("fp32", *allowed.precisions)
         has_kernels = all(getattr(self, name) <= getattr(allowed, name) for name in ("compiled", "native", "packed"))
-        return has_flags and has_words and has_kernels and self.precision in precisions and self.layout in LAYOUTS
+        has_layers = not self.fp32_layers or (self.precision != "fp32" and not self.compiled)
+        return has_flags and has_words and has_kernels and has_layers and self._is_known(precisions)
+
+    def _is_known(self, precisions: tuple[str, ...]) -> bool:
+        return self.precision in precisions and self.layout in LAYOUTS
 
 
 PLAIN = InferenceMode(folded=False)

@@ -79,6 +79,11 @@ class Reference:
             self.seconds += self.newest
         return len(self) > before
 
+    @property
+    def seconds_of_share(self) -> float:
+        """Seconds that plain fp32 takes for the run's share of views."""
+        return self.further.share * self.seconds / max(1, len(self))
+
     def _affords_more(self) -> bool:
         if not self.views:
             return True

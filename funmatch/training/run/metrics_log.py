@@ -14,7 +14,7 @@ from funmatch.runtime.log import info
 
 RECORDED_MODE = {
     "folded?": bool, "precision?": {"fp32", "bf16", "fp16"}, "layout?": {"channels_last", "contiguous"},
-    "compiled?": bool, "native?": bool,
+    "compiled?": bool, "native?": bool, "fp32_layers?": list[str],
 }  # fmt: skip
 """Shape of a recorded inference mode of a teacher; earlier versions did not have all of its keys."""
 RECORDED_TEACHER = {"form": RECORDED_MODE, "batches?": [int]}

@@ -1,7 +1,7 @@
 """Freezes each teacher in its fastest inference mode, measured once on a machine, or in the one that was recorded."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,10 +14,12 @@ from funmatch.models.classifier import check_side
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference import packed_layers
 from funmatch.models.inference.answers import Layout
+from funmatch.models.inference.fp32_layers import UnknownLayers
 from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
 from funmatch.models.inference.native_layers import native_group_norms
 from funmatch.models.inference.reference import FurtherViews
+from funmatch.models.inference.sensitive import modes_with_fp32_layers
 from funmatch.ops.native import norms
 from funmatch.runtime import devices
 from funmatch.runtime.chunks import even_chunks
@@ -28,7 +30,7 @@ from funmatch.training.teachers.loading import LoadedTeacher, member
 NATIVE = "native"
 COMPARED_IMAGES = 256
 """Images, at most, on which an inference mode is compared with plain fp32 at once."""
-MODE_SHAPE = {f"{field.name}?": field.type for field in fields(InferenceMode)}
+MODE_SHAPE = {f"{field.name}?": field.type for field in fields(InferenceMode)} | {"fp32_layers?": list[str]}
 """Shape of a recorded inference mode; earlier versions did not have all of its fields."""
 
 
@@ -106,12 +108,19 @@ def _freeze_as_recorded(teacher: LoadedTeacher, sample: Tensor, record: Mapping[
             f"WARNING: this run was started with native CPU kernels for teacher {teacher.name}, which are "
             f"unavailable now ({why}); results will not be bitwise identical"
         )
-    return Frozen(teacher.load_again().to(sample.device), mode)
+    try:
+        return Frozen(teacher.load_again().to(sample.device), mode)
+    except UnknownLayers as error:
+        raise InputError(
+            f"the record of this run keeps layers of teacher {teacher.name} in fp32, but {error}, so the record is "
+            "damaged; choose another --out"
+        ) from None
 
 
 def mode_of(form: Mapping[str, Any]) -> InferenceMode:
     """Returns a recorded inference mode, without fields that only later versions have."""
-    return InferenceMode(**{name: value for name, value in form.items() if f"{name}?" in MODE_SHAPE})
+    known = {name: value for name, value in form.items() if f"{name}?" in MODE_SHAPE}
+    return InferenceMode(**known | {"fp32_layers": tuple(form.get("fp32_layers", ()))})
 
 
 def _freeze_one(
@@ -122,7 +131,9 @@ def _freeze_one(
     allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config), packed)
     measured = _measurement(teacher, sample, allowed, "first batch" if further is None else "several batches")
     allowed = replace(allowed, first=_measured_mode(measured, allowed))
-    frozen, tried = freeze(teacher.load_again, sample, allowed, further)
+    # A search for the layers that carry the error takes seconds, which a short run does not regain.
+    variants = modes_with_fp32_layers if further and config.teacher_precision == "auto" else None
+    frozen, tried = freeze(teacher.load_again, sample, allowed, further, variants)
     # Every rejected mode is reported, so that a slow teacher can be explained.
     for check in tried[:-1]:
         info(f"teacher {teacher.name}: rejected {check}")
@@ -136,9 +147,9 @@ def _freeze_one(
     else:
         info(f"teacher {teacher.name}: using {chosen}")
     # Even if it was measured before: a mode that failed this time is replaced.
-    measured.write(asdict(chosen.mode))
+    measured.write(chosen.mode.record)
     return frozen, {
-        "form": asdict(chosen.mode),
+        "form": chosen.mode.record,
         "beside_fp32": chosen.record | {"pictures": chosen.images},
     }
 
