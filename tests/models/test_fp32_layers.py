@@ -162,6 +162,13 @@ def test_nothing_is_tried_that_would_not_pay_off(monkeypatch, options, rows):
     assert bool(found) == (not options) or len(found) == rows
 
 
+def test_a_search_that_fails_ends_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sensitive.Search, "error_of", lambda *_: 1 / 0)
+    mode, kind = InferenceMode(precision="bf16"), "cancelling"
+    assert not [*modes_with_fp32_layers(lambda: teacher(kind), mode, reference_of(lambda: teacher(kind)))]
+    assert "its sensitive layers were not found (division by zero)" in capsys.readouterr().err
+
+
 def test_layers_with_the_most_error_for_their_time_are_kept_first():
     layers = [Layer("a", 3.0, 0.5), Layer("b", 2.0, 0.1), Layer("c", 0.2, 0.2), Layer("d", 0.3, 0.2)]
     kept = [[layer.name for layer in each] for each in choices(layers, 5.5)]

@@ -168,9 +168,9 @@ def test_layers_in_fp32_are_recorded_remembered_and_resumed(rescued, tmp_path, m
             ["conv7"],
             r"keeps layers of teacher fashion-mini-teacher in fp32, but it has no layer 'conv7', so the record",
         ),
-        ([""], "it has no layer ''"),
-        (["layer2", "layer2.0"], "its layer 'layer2.0' is named twice"),
-        ("conv1", r"config.json is damaged \('fp32_layers' is not a list\)"),
+        pytest.param([""], "it has no layer ''", marks=pytest.mark.slow),
+        pytest.param(["layer2", "layer2.0"], "its layer 'layer2.0' is named twice", marks=pytest.mark.slow),
+        pytest.param("conv1", r"damaged \('fp32_layers' is not a list\)", marks=pytest.mark.slow),
         ([3], r"config.json is damaged \('fp32_layers' is 3\)"),
     ],
 )

@@ -55,13 +55,13 @@ def convert(net: nn.Module, dtype: torch.dtype, names: Sequence[str]) -> torch.d
 
 
 @contextmanager
-def lowered(net: nn.Module, layer: nn.Module, dtype: torch.dtype) -> Generator[None]:
+def lowered(net: nn.Module, layer: nn.Module, dtype: torch.dtype, *, native: bool) -> Generator[None]:
     """Computes one layer in 16 bits, or the whole network, for as long as the block runs; the rest stays in fp32.
 
-    As `frozen.Frozen` does: heads, and norms of the native kernels, keep fp32.
+    As `frozen.Frozen` does: heads keep fp32, and so do norms of the native kernels where these are used.
     """
     heads = [head for head in head_modules(net) if head in {*layer.modules()}]
-    kept = {module for head in heads for module in head.modules()} | {*native_group_norms(layer)}
+    kept = {module for head in heads for module in head.modules()} | {*(native_group_norms(layer) if native else ())}
     before = [(module, _own_tensors(module)) for module in layer.modules() if module not in kept]
     hooks = [handle for head in heads for handle in cast_around(head, torch.float32, None)]
     hooks += cast_around(layer, dtype, torch.float32)

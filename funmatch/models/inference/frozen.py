@@ -21,6 +21,7 @@ from funmatch.models.inference.outputs import logits_of
 from funmatch.models.inference.packed_layers import pack_layers
 from funmatch.models.inference.parity import ParityCheck, compare
 from funmatch.models.inference.reference import VIEWS, VIEWS_NEAR_LIMIT, FurtherViews, Reference, answer
+from funmatch.models.inference.variants import with_variants
 from funmatch.models.timm_models import head_modules
 from funmatch.ops.native import norms
 from funmatch.ops.native.attention import ProductAttention
@@ -159,34 +160,13 @@ def freeze(
     reference, small = _reference(make, views, allowed, further)
     checks: list[ParityCheck] = []
     modes = candidate_modes(make, views[:TIMED_IMAGES], allowed, small=small)
-    for mode in _with_variants(modes, checks, lambda failed: variants(make, failed, reference) if variants else ()):
+    for mode in with_variants(modes, checks, lambda failed: variants(make, failed, reference) if variants else ()):
         frozen, check = judge_mode(make, mode, reference)
         checks.append(check)
         is_requested = len(allowed.precisions) == 1 and not check.failed
         if frozen is not None and (check.good or is_requested):
             return frozen, checks
     return Frozen(make().to(views.device)), [*checks, ParityCheck(PLAIN, len(views), 0.0, 1.0)]
-
-
-def _with_variants(
-    modes: Iterator[InferenceMode],
-    checks: list[ParityCheck],
-    variants: Callable[[InferenceMode], Iterable[InferenceMode]],
-) -> Iterator[InferenceMode]:
-    """Yields modes; before the first of fp32, the variants of one that failed in each precision of 16 bits.
-
-    Args:
-        checks: of the modes that were yielded before.
-    """
-    done: set[str] = {"fp32"}
-    for mode in modes:
-        failed = [check.mode for check in checks if not check.failed and not check.mode.compiled]
-        # The fastest of each precision: the others compute with the same rounding.
-        for each in failed if mode.precision == "fp32" else ():
-            if each.precision not in done and not each.fp32_layers:
-                done.add(each.precision)
-                yield from variants(each)
-        yield mode
 
 
 def _reference(

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.fp32_layers import lowered
 from funmatch.models.inference.frozen import CLEARLY_FASTER, Frozen
@@ -70,7 +72,7 @@ class Search:
 
     def error_of(self, name: str) -> float:
         """Returns the error of the answers if one layer computes in 16 bits, or the whole network for no name."""
-        with lowered(self.net, self.net.get_submodule(name), self.dtype):
+        with self._lowered(name):
             rows = self.frozen(self.views)
         classes = getattr(self.frozen.classifier.readout, "classes", None)
         found = compare(rows, self.expected, classes, task_of(self.frozen.classifier.card.task))
@@ -83,7 +85,7 @@ class Search:
         times: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(3):  # interleaved, since others may use the machine
             times[False].append(self._timed())
-            with lowered(self.net, self.net, self.dtype):
+            with self._lowered(""):
                 times[True].append(self._timed())
         return min(times[False]) / min(times[True])
 
@@ -103,6 +105,10 @@ class Search:
             if sum(part.error for part in parts) >= largest.error / 2:
                 found = [layer for layer in found if layer is not largest] + parts
         return found
+
+    def _lowered(self, name: str) -> AbstractContextManager[None]:
+        layer, native = self.net.get_submodule(name), self.frozen.mode.native
+        return lowered(self.net, layer, self.dtype, native=native)
 
     def _measured(self, name: str) -> Layer:
         return Layer(name, self.error_of(name), self.seconds[name] / self.seconds[""])
@@ -171,19 +177,16 @@ def modes_with_fp32_layers(
         mode: a mode that failed.
         reference: the answers of plain fp32.
     """
-    views, expected = next(iter(reference))
-    seconds = max(SECONDS, reference.seconds_of_share)
-    search = Search(make().to(views.device), mode, views[:IMAGES], expected[:IMAGES], seconds)
-    name, speedup = search.frozen.classifier.card.name, search.speedup()
-    if speedup < CLEARLY_FASTER:
+    try:
+        layers, whole, speedup = _measure(make, mode, reference)
+    except InputError:
+        raise
+    except Exception as error:  # not every network runs with a part of it in another precision
+        info(f"{mode}: its sensitive layers were not found ({first_line(error)})")
         return
-    whole = search.error_of("")
-    layers, order = search.layers(), [key for key, _ in search.net.named_modules()]
-    del search  # freed before the next network is built
     tried: set[tuple[str, ...]] = set()
     for kept in choices(layers, whole):
-        share = sum(layer.share for layer in kept)
-        names = tuple(sorted((layer.name for layer in kept), key=order.index))
+        share, names = sum(layer.share for layer in kept), tuple(sorted(layer.name for layer in kept))
         times = 1 / (share + (1 - share) / speedup)
         if share > MAX_SHARE or times < CLEARLY_FASTER or len(names) > MAX_LAYERS:
             return
@@ -191,10 +194,25 @@ def modes_with_fp32_layers(
             tried.add(names)
             found = replace(mode, fp32_layers=names)
             info(
-                f"teacher {name}: trying {found}: these layers take {percent(share)} of its time in fp32, which leaves "
-                f"it about {times:.1f} times as fast as in fp32"
+                f"trying {found}: these layers take {percent(share)} of its time in fp32, which leaves it about "
+                f"{times:.1f} times as fast as in fp32"
             )
             yield found
+
+
+def _measure(
+    make: Callable[[], Classifier], mode: InferenceMode, reference: Reference
+) -> tuple[list[Layer], float, float]:
+    """Returns the layers, the error of all of them together, and how many times as fast 16 bits are.
+
+    No layers where 16 bits are not clearly faster. The network is freed on return, before the next one is built.
+    """
+    views, expected = next(iter(reference))
+    seconds = max(SECONDS, reference.seconds_of_share)
+    search = Search(make().to(views.device), mode, views[:IMAGES], expected[:IMAGES], seconds)
+    speedup = search.speedup()
+    layers = search.layers() if speedup >= CLEARLY_FASTER else []
+    return layers, search.error_of(""), speedup
 
 
 def choices(layers: list[Layer], whole: float) -> Iterator[list[Layer]]:
@@ -209,6 +227,6 @@ def choices(layers: list[Layer], whole: float) -> Iterator[list[Layer]]:
     # Errors do not quite add up; what all of them make together is known.
     scale = whole / finite if finite > 0 and whole != float("inf") else 1.0
     left = [sum(errors[count:]) * scale for count in range(len(errors) + 1)]
-    for goal in GOALS:
+    for goal in GOALS if layers else ():
         count = next(count for count, error in enumerate(left) if error <= goal * min(1.0, whole))
         yield ranked[:count]
