@@ -91,7 +91,7 @@ def networks_of_any_size_and_speed(monkeypatch):
     monkeypatch.setattr(
         frozen_models,
         "time_layouts",
-        lambda _make, modes, _views, **_: {modes[0]: 9.0 * (modes[0].precision == "fp32")},
+        lambda _make, modes, *_, **_packed: {modes[0]: 9.0 * (modes[0].precision == "fp32")},
     )
 
 

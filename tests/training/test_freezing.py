@@ -119,7 +119,7 @@ def run_whose_teacher_keeps_a_layer_in_fp32(judged, tmp_path, monkeypatch):
 
     timings = {"bf16": 1.0, "fp32": 9.0}
     monkeypatch.setattr(
-        frozen, "time_layouts", lambda _make, modes, _views, **_: {modes[0]: timings[modes[0].precision]}
+        frozen, "time_layouts", lambda _make, modes, *_, **_packed: {modes[0]: timings[modes[0].precision]}
     )
     monkeypatch.setattr(frozen, "try_mode", try_mode)
     monkeypatch.setattr(freezing, "modes_with_fp32_layers", variants)
