@@ -18,7 +18,7 @@ from funmatch.data.prefetch import prefetch_items
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.inference.modes import InferenceMode
-from funmatch.models.inference.native_layers import native_group_norms
+from funmatch.models.inference.native.layers import native_group_norms
 from funmatch.ops.native import norms
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, transfers

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 import funmatch
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference import packed_layers
 from funmatch.models.inference.frozen import Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
-from funmatch.models.inference.packed_layers import ACTIVATIONS, pack_layers
+from funmatch.models.inference.native import packed as packed_layers
+from funmatch.models.inference.native.packed import ACTIVATIONS, pack_layers
 from funmatch.models.load import load
 from funmatch.training.run import folder as run_folder
 
@@ -122,7 +122,7 @@ def test_packed_weights_are_tried_where_they_are_allowed(monkeypatch):
     assert not mode.is_allowed(AllowedModes(("fp32",)))
     assert "packed weights" in str(mode)
     monkeypatch.setattr("funmatch.models.inference.frozen.SMALL_NETWORK", 0)
-    monkeypatch.setattr("funmatch.models.inference.frozen._median_seconds", lambda frozen, *_: 2.0 - frozen.mode.packed)
+    monkeypatch.setattr("funmatch.models.inference.timing._median_seconds", lambda frozen, *_: 2.0 - frozen.mode.packed)
     frozen, checks = freeze(lambda: build("test_vit", 64), views, allowed)
     assert frozen.mode.packed
     assert checks[-1].good
@@ -132,7 +132,7 @@ def test_run_with_a_packed_teacher_resumes_bitwise(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     for module in ("models.inference.frozen", "training.teachers.freezing", "training.student.acceleration"):
         monkeypatch.setattr(f"funmatch.{module}.SMALL_NETWORK", 0)
-    monkeypatch.setattr("funmatch.models.inference.frozen._median_seconds", lambda frozen, *_: 2.0 - frozen.mode.packed)
+    monkeypatch.setattr("funmatch.models.inference.timing._median_seconds", lambda frozen, *_: 2.0 - frozen.mode.packed)
     options = {
         "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 16,
         "save_every": 2, "threads": 1, "precision": "bf16", "compile": "native",
@@ -150,7 +150,7 @@ def test_run_with_a_packed_teacher_resumes_bitwise(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         funmatch.distill(**options, out=tmp_path / "again", on_event=stop)
     # What is faster now is of no account.
-    monkeypatch.setattr("funmatch.models.inference.frozen._median_seconds", lambda frozen, *_: 1.0 + frozen.mode.packed)
+    monkeypatch.setattr("funmatch.models.inference.timing._median_seconds", lambda frozen, *_: 1.0 + frozen.mode.packed)
     again = funmatch.distill(**options, out=tmp_path / "again")
     first, second = ((run.folder / "student" / "model.safetensors").read_bytes() for run in (whole, again))
     assert first == second

@@ -17,9 +17,9 @@ from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import nn
 
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference import native_layers
 from funmatch.models.inference.frozen import Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
+from funmatch.models.inference.native import layers as native_layers
 from funmatch.models.load import load
 from funmatch.ops import resample
 from funmatch.ops.crops import crop_resize_flip

@@ -12,8 +12,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from funmatch.models.classifier import Card, Classifier
-from funmatch.models.inference import native_layers
-from funmatch.models.inference.native_convnets import NativeBatchNorm2d, SkippedOnce
+from funmatch.models.inference.native import layers as native_layers
+from funmatch.models.inference.native.convnets import NativeBatchNorm2d, SkippedOnce
 from funmatch.ops.native import attention, batch_norms, depthwise, library, linear
 
 pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from funmatch.models.inference.native_layers import native_group_norms
+from funmatch.models.inference.native.layers import native_group_norms
 from funmatch.models.timm_models import head_modules
 
 

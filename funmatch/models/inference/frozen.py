@@ -1,8 +1,6 @@
 """Freezes a teacher, and picks the fastest inference mode whose outputs match plain fp32."""
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,22 +14,19 @@ from funmatch.models.classifier import Classifier, to_memory_format
 from funmatch.models.inference.fold import fold
 from funmatch.models.inference.fp32_layers import convert
 from funmatch.models.inference.modes import DTYPES, LAYOUTS, PLAIN, AllowedModes, InferenceMode
-from funmatch.models.inference.native_layers import PRECISIONS, native_group_norms, use_native_kernels
+from funmatch.models.inference.native.layers import PRECISIONS, native_group_norms, use_native_kernels
+from funmatch.models.inference.native.packed import pack_layers
 from funmatch.models.inference.outputs import logits_of
-from funmatch.models.inference.packed_layers import pack_layers
 from funmatch.models.inference.parity import ParityCheck, compare
 from funmatch.models.inference.reference import VIEWS, VIEWS_NEAR_LIMIT, FurtherViews, Reference, answer
+from funmatch.models.inference.timing import CLEARLY_FASTER, time_layouts
 from funmatch.models.inference.variants import with_variants
 from funmatch.models.timm_models import head_modules
 from funmatch.ops.native import norms
 from funmatch.ops.native.attention import ProductAttention
 from funmatch.ops.tasks.task import task_of
 
-TIMED_IMAGES, TIMING_REPEATS = 8, 3
-CLEARLY_FASTER = 1.1
-"""Speed-up that is needed to prefer what is less usual: timings vary by a few per cent."""
-HOPELESS = 1.5
-"""Multiple of the fastest mode's time from which a first pass decides that a mode is slower."""
+TIMED_IMAGES = 8
 SMALL_NETWORK = 1_000_000
 """Number of parameters below which no other mode is worth its rounding."""
 
@@ -199,6 +194,10 @@ def candidate_modes(
     # Yielded before anything is measured: if it passes, the rest of this generator never runs.
     if allowed.first:
         yield allowed.first
+
+    def build(mode: InferenceMode) -> Frozen:
+        return Frozen(make().to(views.device), mode)
+
     precisions = precisions_to_try(allowed, small=small)
     seconds: dict[InferenceMode, float] = {}
     for precision in precisions:
@@ -206,7 +205,7 @@ def candidate_modes(
         layouts = [*LAYOUTS][:1] if allowed.packed else [*LAYOUTS]
         modes = [InferenceMode(precision=precision, layout=layout) for layout in layouts]
         fastest = min(seconds.values(), default=math.inf)
-        timed = {} if small else time_layouts(make, modes, views, fastest, packed=allowed.packed)
+        timed = {} if small else time_layouts(build, modes, views, fastest, packed=allowed.packed)
         seconds |= timed or {modes[0]: 0.0}
     in_fp32 = [mode for mode in seconds if mode.precision == "fp32"]
     limit = CLEARLY_FASTER * min((seconds[mode] for mode in in_fp32), default=float("inf"))
@@ -219,41 +218,6 @@ def candidate_modes(
             yield replace(mode, layout="channels_last", native=True)  # the only layout that the kernels support
         if seconds[mode] <= limit:
             yield mode
-
-
-def time_layouts(
-    make: Callable[[], Classifier], modes: list[InferenceMode], views: Tensor, fastest: float, *, packed: bool
-) -> dict[InferenceMode, float]:
-    """Times modes that differ in their layout only.
-
-    Args:
-        make: as of `freeze`.
-        modes: the usual one first; others have to be clearly faster.
-        views: to time with, (n, 3, side, side).
-        fastest: seconds of the fastest mode so far; modes that are far from it are not timed further.
-        packed: time packed weights too, which change nothing but the time, so that they need not be clearly faster.
-
-    Returns:
-        the better mode and its seconds for the views, infinite if it could not be computed.
-    """
-    seconds: dict[InferenceMode, float] = {}
-    try:
-        frozen = Frozen(make().to(views.device), modes[0])
-        for mode in modes:
-            frozen.mode = mode
-            to_memory_format(frozen.classifier.net, LAYOUTS[mode.layout])
-            seconds[mode] = _median_seconds(frozen, views, min([*seconds.values(), fastest]))
-        if packed:
-            to_memory_format(frozen.classifier.net, LAYOUTS[modes[0].layout])
-            frozen.mode = modes[0]
-            frozen.pack()
-            seconds[frozen.mode] = _median_seconds(frozen, views, min([*seconds.values(), fastest]))
-    except InputError:
-        raise
-    except Exception:  # not every network runs in every mode; `try_mode` reports why
-        return {modes[0]: float("inf")}
-    best = min(seconds, key=lambda mode: seconds[mode] * (CLEARLY_FASTER if mode in modes[1:] else 1))
-    return {best: seconds[best]}
 
 
 def judge_mode(
@@ -297,17 +261,3 @@ def try_mode(
         raise
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         return None, ParityCheck(mode, len(reference.first), 0.0, 0.0, first_line(error))
-
-
-def _median_seconds(frozen: Frozen, views: Tensor, fastest: float) -> float:
-    # The first pass in a layout chooses kernels and allocates, but not for that long.
-    first = _seconds(frozen, views)
-    if first > HOPELESS * fastest:
-        return first
-    return statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
-
-
-def _seconds(frozen: Frozen, views: Tensor) -> float:
-    began = time.perf_counter()
-    frozen(views).sum().item()  # `item` waits for the device
-    return time.perf_counter() - began

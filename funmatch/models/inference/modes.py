@@ -20,7 +20,7 @@ class InferenceMode:
         compiled: by `torch.compile`, for batches of the size of the first one.
         native: GroupNorms are computed by the native CPU kernels where these are available.
         packed: weights are laid out once for oneDNN on the CPU, with activations computed by its kernels
-            (`packed_layers`), and attention in 16 bits is computed by matrix products (`ops.native.attention`).
+            (`native.packed`), and attention in 16 bits is computed by matrix products (`ops.native.attention`).
         fp32_layers: names of modules of the (folded) network that compute in fp32 while the others do in 16 bits.
     """
 

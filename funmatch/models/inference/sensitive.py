@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.fp32_layers import lowered
-from funmatch.models.inference.frozen import CLEARLY_FASTER, Frozen
+from funmatch.models.inference.frozen import Frozen
 from funmatch.models.inference.modes import DTYPES, InferenceMode
 from funmatch.models.inference.parity import MAX_ERROR, MAX_KL, compare
 from funmatch.models.inference.reference import Reference
+from funmatch.models.inference.timing import CLEARLY_FASTER
 from funmatch.models.timm_models import head_modules
 from funmatch.ops.tasks.task import task_of
 from funmatch.runtime.log import info

@@ -8,8 +8,9 @@ import torch
 from funmatch.config import Train
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.frozen import CLEARLY_FASTER, SMALL_NETWORK
-from funmatch.models.inference.native_layers import ATTENTION, AVAILABLE, FROZEN_KINDS, kinds_of
+from funmatch.models.inference.frozen import SMALL_NETWORK
+from funmatch.models.inference.native.layers import ATTENTION, AVAILABLE, FROZEN_KINDS, kinds_of
+from funmatch.models.inference.timing import CLEARLY_FASTER
 from funmatch.ops import crops, resample
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.log import info

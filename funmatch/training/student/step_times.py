@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funmatch.errors import is_out_of_memory
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.native_layers import ATTENTION, use_native_kernels
+from funmatch.models.inference.native.layers import ATTENTION, use_native_kernels
 from funmatch.runtime import devices
 from funmatch.runtime.disk.json_files import Shape
 from funmatch.runtime.measured import Measurement

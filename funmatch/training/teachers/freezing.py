@@ -12,12 +12,12 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError
 from funmatch.models.classifier import check_side
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.models.inference import packed_layers
 from funmatch.models.inference.answers import Layout
 from funmatch.models.inference.fp32_layers import UnknownLayers
 from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
-from funmatch.models.inference.native_layers import native_group_norms
+from funmatch.models.inference.native import packed as packed_layers
+from funmatch.models.inference.native.layers import native_group_norms
 from funmatch.models.inference.reference import FurtherViews
 from funmatch.models.inference.sensitive import modes_with_fp32_layers
 from funmatch.ops.native import norms

@@ -3,7 +3,7 @@
 torch lays the weights out anew in every call, and on some processors multiplies matrices by a library that is half as
 fast as oneDNN. An activation that follows directly is computed as the results are written.
 
-A module only changes its class, as in `native_layers`. Inputs of another kind are computed by torch as before.
+A module only changes its class, as in `native.layers`. Inputs of another kind are computed by torch as before.
 """
 
 from typing import Any

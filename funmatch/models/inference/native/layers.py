@@ -17,7 +17,7 @@ from timm.layers.norm_act import BatchNormAct2d, GroupNorm1Act
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-from funmatch.models.inference.native_convnets import (
+from funmatch.models.inference.native.convnets import (
     SKIPPED,
     NativeBatchNorm2d,
     NativeBatchNormAct2d,

@@ -1,6 +1,6 @@
 """Modules that compute BatchNorm with its activation, depthwise convolutions and linear layers by native kernels.
 
-They are the classes of torch and timm with another forward pass; `native_layers` puts them into a network. Inputs that
+They are the classes of torch and timm with another forward pass; `native.layers` puts them into a network. Inputs that
 the kernels do not support (another layout, another precision) are computed by torch as before.
 """
 
