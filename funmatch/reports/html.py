@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 
 import matplotlib
@@ -46,6 +47,7 @@ def drawing() -> Generator[None]:
         yield
 
 
+@cache  # compiling one takes as long as filling it in
 def load_template(name: str) -> Template:
     """Loads a template of `reports/templates`, which escapes its values; its filters are `themed` and `unbroken`."""
     loader = PackageLoader("funmatch.reports", "templates")
