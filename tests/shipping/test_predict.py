@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from make_images import paint
 from PIL import Image
 
 import funmatch as api
+from funmatch import cli
 from funmatch.config import Evaluate
 from funmatch.runtime import devices
 from funmatch.training import datasets
@@ -231,6 +233,17 @@ def test_parquet_without_its_library_names_the_extra(images, funmatch, monkeypat
     assert "pip install 'funmatch[ship]'" in done.stderr
 
 
+def test_a_pipe_that_nobody_reads_ends_quietly(images, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Closing the pipe flushes it once more, as Python does at its exit.
+    with open(writer, "w") as pipe, redirect_stdout(pipe), pytest.raises(SystemExit) as end:
+        cli.main(["predict", TEACHER, str(images / "val")])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(images):
     for i in range(300):
         paint(images / "more" / f"{i}.png", i)

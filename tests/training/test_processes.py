@@ -190,11 +190,22 @@ def test_stray_rank_variable_is_ignored(monkeypatch):
 
 
 TOGETHER = """
+import os
+import sys
+import time
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from funmatch.errors import InputError
 from funmatch.models.sync_batchnorm import GlobalBatchNorm, sync_batchnorm
 from funmatch.runtime import distributed, env
+from funmatch.runtime.env import reported_elsewhere
+
+# Two processes of one interpreter, since importing all this takes several seconds.
+is_other = os.fork() == 0
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(is_other))
+if is_other:
+    os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 1)
 
 def gradients(net, views, weights):
     net.zero_grad()
@@ -232,13 +243,35 @@ with distributed.process_group("cpu"):
         assert counts == [-(-count // 2) if env.is_main_process() else count // 2]
 with distributed.process_group("cpu"):  # again, in the same processes
     distributed.barrier()
-print("good")
+print("good", flush=True)
+began = time.monotonic()
+try:
+    with distributed.process_group("cpu"):
+        if env.rank() == 1:
+            raise InputError("no room here")
+        distributed.barrier()
+except InputError as error:
+    print(env.rank(), reported_elsewhere(error), error, time.monotonic() - began < 10, flush=True)
+if not is_other:
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
 """
 
 
-def test_batch_norm_and_gradients_use_the_global_batch():
-    outputs = wait_for_all(start("-c", TOGETHER, world=2))
-    assert [each.splitlines()[0] for each in outputs] == ["good"] * 2, "an older torch may print a warning after it"
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> list[list[str]]:
+    """What the two processes of `TOGETHER` print, by rank."""
+    other = tmp_path_factory.mktemp("together") / "other"
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", TOGETHER, other], capture_output=True, text=True, timeout=120,
+        env={**os.environ, **shared},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return [each.splitlines() for each in (ended.stdout, other.read_text())]
+
+
+def test_batch_norm_and_gradients_use_the_global_batch(together):
+    assert [each[0] for each in together] == ["good"] * 2
 
 
 DOUBLE = """
@@ -303,25 +336,9 @@ def test_run_resumes_with_another_number_of_processes(tmp_path):
     assert_near(uninterrupted, parts, 1e-6)
 
 
-FAILING = """
-import time
-from funmatch.errors import InputError
-from funmatch.runtime import distributed, env
-from funmatch.runtime.env import reported_elsewhere
-began = time.monotonic()
-try:
-    with distributed.process_group("cpu"):
-        if env.rank() == 1:
-            raise InputError("no room here")
-        distributed.barrier()
-except InputError as error:
-    print(env.rank(), reported_elsewhere(error), error, time.monotonic() - began < 10)
-"""
-
-
-def test_process_waiting_for_a_failed_one_gets_an_error():
-    outputs = wait_for_all(start("-c", FAILING, world=2))
-    assert outputs == ["0 True another process of this run has ended True\n", "1 False no room here True\n"]
+def test_process_waiting_for_a_failed_one_gets_an_error(together):
+    said = [each[1] for each in together]
+    assert said == ["0 True another process of this run has ended True", "1 False no room here True"]
 
 
 @pytest.mark.slow
