@@ -1,9 +1,11 @@
 """Data sets of the Hugging Face `datasets` library, from files on disk."""
 
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
 import pytest
+from lazy_module import LazyModule
 from make_images import paint
 
 from funmatch.data.cache.open_cache import open_cache
@@ -11,7 +13,8 @@ from funmatch.data.dataset import ReadOptions
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 
-datasets = pytest.importorskip("datasets")
+datasets = LazyModule("datasets")
+pytestmark = pytest.mark.skipif(not find_spec("datasets"), reason="needs datasets")
 pq = pytest.importorskip("pyarrow.parquet")
 
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from importlib.util import find_spec
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -18,8 +19,8 @@ from funmatch.runtime import addresses
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("default"),  # the libraries' own
+    pytest.mark.skipif(not find_spec("gcsfs"), reason="needs gcsfs"),
 ]
-pytest.importorskip("gcsfs")
 
 
 class Bucket(dict):

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
+from lazy_module import LazyModule
 from make_images import paint
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,8 @@ from funmatch.models.clip.class_texts import ClassTexts, read_class_texts
 from funmatch.models.load import load
 from funmatch.models.save import save
 from funmatch.training.student.trained_model import open_trained_model
+
+open_clip = LazyModule("open_clip")
 
 NAMES = ["ant", "bumble bee", "cat"]
 PREPROCESS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
