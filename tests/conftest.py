@@ -18,18 +18,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name of the Hub must fail at once instead of reaching for the network
 
 
+LESS_WORK = (
+    ("funmatch.training.evaluation.scoring", "VIEWS", 16),  # scoring 256 would take a fifth of a run of few steps
+    ("funmatch.shipping.quantize.scores", "RUNS", 5),  # from which a latency is taken that no test compares
+)
+"""Constants that cost time and decide nothing that is tested: module, name, and value in quick tests."""
+
+
 def pytest_collection_finish(session):
     """Makes what tests do besides what they test cheaper, once all that they import is there.
 
-    Objects of imported libraries, millions of them, are left out of garbage collection. Quick tests score fewer views
-    of training images, since scoring 256 would take a fifth of a run of few steps; not where slow tests run, too, some
-    of which compare records with those of processes of their own.
+    Objects of imported libraries, millions of them, are left out of garbage collection, which begins more rarely. Freed
+    memory is kept for the next test, as a run keeps it for its next step. `LESS_WORK` is for quick tests alone: some of
+    the slow ones compare records with those of processes of their own.
     """
     gc.collect()
     gc.freeze()
-    scoring = sys.modules.get("funmatch.training.evaluation.scoring")
-    if scoring and session.config.option.markexpr == "not slow":
-        scoring.VIEWS = 32
+    gc.set_threshold(20_000, 20, 20)
+    if malloc := sys.modules.get("funmatch.runtime.malloc"):
+        kept = malloc.keep_freed_memory(sys.modules["torch"].device("cpu"))
+        kept.__enter__()
+        session.config.add_cleanup(lambda: kept.__exit__(None, None, None))
+    if session.config.option.markexpr == "not slow":
+        for module, name, value in LESS_WORK:
+            if module in sys.modules:
+                setattr(sys.modules[module], name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +61,7 @@ def drawn_curves() -> dict[tuple, str]:
 
 @pytest.fixture(autouse=True)
 def curves_drawn_once(request, monkeypatch, drawn_curves):
-    """Draws the curves of a run's page once for all runs that recorded the same kinds of events and metrics.
+    """Draws the curves of a run's page once for all runs that recorded the same kinds of events.
 
     Drawing takes a third of a processor's time for a run of a few steps. Tests of pages draw all of them.
     """
@@ -58,9 +71,8 @@ def curves_drawn_once(request, monkeypatch, drawn_curves):
     draw = run_plots.plot
 
     def contents(run) -> tuple[int, frozenset]:
-        records = run.metrics.read()
-        names = {(each["event"], *(name for name, value in each.items() if value is not None)) for each in records}
-        return len(run_plots.extend.earlier_ends(run)), frozenset(names)
+        ends = len(run_plots.extend.earlier_ends(run))
+        return ends, frozenset(each["event"] for each in run.metrics.read())
 
     def plot(found, panel):
         key = panel, *map(contents, found)

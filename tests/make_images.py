@@ -21,7 +21,7 @@ def paint(path: Path, seed: int, size=(24, 20)) -> Path:
     return path
 
 
-def write_few(evaluation_images: int = 6, training_images: int | None = None) -> str:
+def write_few(evaluation_images: int = 3, training_images: int | None = None) -> str:
     """Write the embedded training images and a few images per class of val and test; return the folder.
 
     Evaluating student and teacher on all 2,500 images of val and test would take most of the time of a short run.
@@ -39,4 +39,4 @@ def write_few(evaluation_images: int = 6, training_images: int | None = None) ->
 
 
 FEW = write_few()
-"""Folder of the embedded data set with only 60 images in val and 60 in test."""
+"""Folder of the embedded data set with only 30 images in val and 30 in test."""

@@ -25,6 +25,7 @@ def test_first_enter_and_last_exit_configure_malloc(monkeypatch):
         def malloc_trim(self, _pad: int) -> None:
             calls.append("trim")
 
+    monkeypatch.setattr(malloc, "_active", 0)  # as before the tests, which keep freed memory, too
     for name in malloc.OVERRIDE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library())

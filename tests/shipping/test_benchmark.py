@@ -25,7 +25,8 @@ from funmatch.shipping.export.formats import Job
 from funmatch.shipping.export.network import ExportNet
 from funmatch.training.student.trained_model import open_trained_model
 
-QUICK = {"max_seconds": 0.1, "spread": "90%", "images": 50, "batches": (1, 8), "memory": False, "threads": 1}
+pytestmark = pytest.mark.usefixtures("few_objects")
+QUICK = {"max_seconds": 0.1, "spread": "90%", "images": 25, "batches": (1, 8), "memory": False, "threads": 1}
 FAST = {"data": FEW, "student": "fashion-mini-student", "steps": 2}
 
 
@@ -55,7 +56,7 @@ def test_student_and_teacher_are_measured_in_pytorch_and_onnx(run):
     assert student["bytes"] > 4 * 26_888
     assert all(each["ms"] > 0 and each["images_per_second"] > 0 for each in found["results"])
     assert [each["parameters"] for each in found["models"]] == [26_888, 109_766]
-    assert (found["images"], found["of_images"], found["split"], found["threads"]) == (50, 60, "test", 1)
+    assert (found["images"], found["of_images"], found["split"], found["threads"]) == (25, 30, "test", 1)
 
 
 def test_json_keys_are_those_documented(run):

@@ -7,6 +7,8 @@ import pytest
 
 from funmatch.shipping.benchmark.timing import LEAST_ROUNDS, SLICE_SECONDS, Series, probe_batches, time_rounds
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 class FakeClock:
     """Seconds that pass only when a function says so."""

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from make_images import FEW
 from PIL import Image
 from torch import nn
 
@@ -452,7 +453,7 @@ def test_a_damaged_file_is_an_error_with_its_path(name, tmp_path):
 
 
 def test_a_run_is_exported_into_its_own_folder_and_says_what_it_is_of(tmp_path):
-    options: dict = {"steps": 2, "device": "cpu", "compile": "off", "eval_every": 2}
+    options: dict = {"steps": 2, "device": "cpu", "compile": "off", "eval_every": 2, "eval_data": FEW}
     run = funmatch.distill("fashion-mini", "fashion-mini-teacher", "fashion-mini-student", tmp_path / "run", **options)
     model = open_trained_model(str(run.folder))
     assert isinstance(model, TrainedModel)

@@ -156,5 +156,5 @@ def test_the_kept_student_is_named(tmp_path, capsys):
         **{**MINI, "steps": 6, "eval_every": 2, "keep": "best", "out": tmp_path / "run"}, warmup_steps=4
     )
     best, text = run.figures["best_step"], capsys.readouterr().err
-    assert f"kept the weights of step {best} of 6, the best on 60 images of val" in text
+    assert f"kept the weights of step {best} of 6, the best on 30 images of val" in text
     assert ("WARNING: this step is in the warm-up" in text) == (best <= 4)

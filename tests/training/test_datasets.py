@@ -39,12 +39,12 @@ def test_other_classes_with_a_validation_split_are_an_error(images, tmp_path):
 
 def test_evaluation_on_other_data(images, tmp_path):
     run = funmatch.distill(data=images, eval_data=FEW, out=tmp_path / "run", **DISTILL)
-    assert (run.figures["split"], run.figures["pictures"]) == ("test", 60)
-    assert run.figures["teacher"]["top1"] == pytest.approx(0.9, abs=0.02)  # one image is 0.017
+    assert (run.figures["split"], run.figures["pictures"]) == ("test", 30)
+    assert run.figures["teacher"]["top1"] == pytest.approx(0.97, abs=0.02)  # one image is 0.033
     config = json.loads((run.folder / "config.json").read_text())
-    assert config["facts"]["pictures"] == {"train": 15, "val": 60, "test": 60}
+    assert config["facts"]["pictures"] == {"train": 15, "val": 30, "test": 30}
     evaluated = funmatch.evaluate(run.folder)
-    assert (evaluated["pictures"], evaluated["data"]) == (60, [FEW])
+    assert (evaluated["pictures"], evaluated["data"]) == (30, [FEW])
     assert evaluated["top1"] == pytest.approx(run.top1)
     assert "data:image/png;base64," in run.report.read_text(), "the views of a step"
     assert funmatch.distill(data=images, eval_data=FEW, out=tmp_path / "run", **DISTILL).figures == run.figures
@@ -122,7 +122,7 @@ def test_student_of_numbered_shards_gets_the_teachers_class_names(tmp_path):
     (tmp_path / "train.tfrecord").write_bytes(b"".join(records))
     run = funmatch.distill(data=f"tfrecord:{tmp_path}/train.tfrecord", out=tmp_path / "run", **DISTILL)
     assert json.loads((run.folder / "student" / "config.json").read_text())["label_names"] == list(mini.classes)
-    assert funmatch.evaluate(run.folder, data=FEW, split="val")["pictures"] == 60
+    assert funmatch.evaluate(run.folder, data=FEW, split="val")["pictures"] == 30
 
 
 def test_leak_between_training_and_evaluation_data_is_a_warning(images, tmp_path, capfd):

@@ -12,7 +12,7 @@ import funmatch
 from funmatch.models import bit
 from funmatch.models.load import load
 
-CLASSES, IMAGES, SIDE = 3, 60, 32
+CLASSES, IMAGES, SIDE = 3, 30, 32
 TINY = {"student": "resnet10t", "student_kwargs": ("stem_width=8", "channels=8,16,32,64")}
 
 
@@ -58,7 +58,7 @@ def test_labels_decide_and_the_run_records_it(made, tmp_path, capsys):
     distill(made, tmp_path / "run")
     shown = capsys.readouterr().err
     assert ", and 100.0 % with pool_padding=-inf; using pool_padding=-inf\n" in shown
-    assert shown.count("top-1 100.0 % on 60 images of val") == 1
+    assert shown.count("top-1 100.0 % on 30 images of val") == 1
     assert teacher_options(tmp_path / "run") == ["pool_padding=-inf"]
 
 

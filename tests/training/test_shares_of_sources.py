@@ -117,7 +117,7 @@ def test_a_student_learns_from_a_pool_beside_labelled_images(tmp_path, pool, cap
     output = capsys.readouterr().err
     assert "200 training images, 50.0 % of each batch" in output
     assert "pool: 9 training images, 50.0 % of each batch" in output
-    assert result.figures["pictures"] == 60
+    assert result.figures["pictures"] == 30
     recorded = run_folder.find_run(tmp_path / "run").config
     assert recorded["knobs"]["share"] == [1.0, 1.0]
     with pytest.raises(InputError, match=r"share: \[1.0, 1.0\] in the run, \[2.0, 1.0\] now"):
