@@ -31,7 +31,7 @@ def test_parts_of_a_run_add_up_to_its_evaluations_and_checkpoints():
 @pytest.mark.parametrize(
     ("table", "more"),
     [
-        (Distill, TEACHER),
+        pytest.param(Distill, TEACHER, marks=pytest.mark.slow),
         (Distill, TEACHER | {"strategy": "fix/rs"}),
         (Distill, TEACHER | {"ema": 0.99, "teacher_ahead": True}),
         (Train, {}),

@@ -169,6 +169,15 @@ def test_both_layouts_give_the_published_logits(tmp_path, weights, expected, lay
     assert_same(model, expected[usual])
     assert model.alternatives == (f"pool_padding={other}",)
     assert f"padded with {usual}, as by" in model.notes[0]
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in ("first", "second") else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
+def test_either_padding_and_timms_name_can_be_asked_for(tmp_path, weights, expected, layout):
+    path = tmp_path / "w.npz"
+    np.savez(path, **LAYOUTS[layout](weights))
+    usual, other = ("-inf", "zeros") if "second" in layout else ("zeros", "-inf")
     assert_same(load("resnetv2_50x1_bit", weights=path), expected[usual])
     asked = load(str(path), options=(f"pool_padding={other}",))
     assert_same(asked, expected[other])

@@ -287,6 +287,7 @@ def use_copy_of_kernels(cache: Path, monkeypatch) -> Path:
     return cache / "kernels" / built.name
 
 
+@pytest.mark.slow
 def test_damaged_library_is_rebuilt(tmp_path, monkeypatch):
     built = use_copy_of_kernels(tmp_path, monkeypatch)
     assert library._build() == built

@@ -38,6 +38,7 @@ def test_the_smaller_file_and_its_report(run, tmp_path):
     assert report["before"]["top1"] - report["after"]["top1"] == pytest.approx(report["drop"] / 100)
 
 
+@pytest.mark.slow
 def test_half_precision_is_smaller_and_as_good(run, tmp_path):
     found = funmatch.export(run, out=tmp_path / "e", quantize=16, max_drop=1)["quantized"]
     assert (tmp_path / "e" / "model-fp16.onnx").stat().st_size < 0.75 * found["before"]["bytes"]

@@ -94,7 +94,9 @@ class LimitedMemory(nn.Module):
         return self.net(views)
 
 
-@pytest.mark.parametrize(("batch", "micro", "fits"), [(32, None, 8), (20, None, 5), (64, 16, 8)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "fits"), [pytest.param(32, None, 8, marks=pytest.mark.slow), (20, None, 5), (64, 16, 8)]
+)
 def test_out_of_memory_error_names_the_micro_batch_that_fits(tmp_path, batch, micro, fits):
     options = TINY | {"batch": batch, "side": 32, "steps": 2, "student": LimitedMemory()}
     with pytest.raises(InputError, match=rf"with {micro or batch} images at once; micro_batch={fits} fits \(tried"):
@@ -360,7 +362,7 @@ def test_ensemble_computes_in_chunks():
 
 
 @compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("any_size")
 def test_native_kernels_match_torch_and_are_deterministic(tmp_path, capsys, precision):
     options = NATIVE | {"precision": precision, "schedule": "constant", "warmup_steps": 0}

@@ -57,8 +57,12 @@ def set_nan(folder: Path) -> None:
     ("damage", "words"),
     [
         *[
-            (lambda folder, name=name: flip(folder / NEWEST / name, 8 * 20_000 + 3), "does not match its checksum")
-            for name in ("student.safetensors", "optimizer.safetensors", "average.safetensors")
+            pytest.param(
+                lambda folder, name=name: flip(folder / NEWEST / f"{name}.safetensors", 8 * 20_000 + 3),
+                "does not match its checksum",
+                marks=marks,
+            )
+            for name, marks in (("student", ()), ("optimizer", pytest.mark.slow), ("average", pytest.mark.slow))
         ],
         (lambda folder: flip(folder / NEWEST / "state.json", 99), "state.json does not match its checksum"),
         (lambda folder: edit_state(folder, lambda state: state.update(step=4)), "state.json says step 4"),

@@ -100,7 +100,7 @@ def lose_power(*_args, **_kwargs):
     raise PowerLoss
 
 
-@pytest.mark.parametrize("moment", ["save", "save_best", "finish"])
+@pytest.mark.parametrize("moment", ["save", pytest.param("save_best", marks=pytest.mark.slow), "finish"])
 def test_power_loss_while_writing_changes_no_bit(tmp_path, monkeypatch, finished_run, moment):
     """No complete checkpoint is lost, and the resumed run equals an uninterrupted one."""
     options = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
@@ -134,7 +134,7 @@ def test_power_loss_while_writing_changes_no_bit(tmp_path, monkeypatch, finished
     "options",
     [
         {"optimizer": "shampoo", "optimizer_kwargs": {"block_size": 16, "start_preconditioning_step": 3}},
-        {"optimizer": "lamb", "schedule": "wsd", "cooldown_steps": 3},
+        pytest.param({"optimizer": "lamb", "schedule": "wsd", "cooldown_steps": 3}, marks=pytest.mark.slow),
         {"momentum_dtype": "bf16", "schedule": "quadratic"},
     ],
     ids=["shampoo", "lamb", "bf16"],

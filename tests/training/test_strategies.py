@@ -148,7 +148,7 @@ def test_mixing_with_a_lambda_per_image():
 def test_cutmix_and_randaugment_change_the_shared_view(split, each, a):
     spec = ViewSpec(1, 8, 12, mixup=MixupOptions(a, per_image=each), cutmix=1.0, randaugment=(2, 9))
     loader = Loader(split, spec, teacher_sides=(12, 20))
-    batches = [loader.batch_at(step) for step in range(40)]
+    batches = [loader.batch_at(step) for step in range(20)]
     for step, batch in enumerate(batches):
         (same, large), student = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
         assert same is student
@@ -277,7 +277,7 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
 
     batch_sizes.clear()
     repeated = funmatch.distill(out=tmp_path / "again", **options)
-    assert sum(batch_sizes) <= 2 * 32 + 60 + 60, "the first batch, validation and test images: none for training"
+    assert sum(batch_sizes) <= 2 * 32 + 30 + 30, "the first batch, validation and test images: none for training"
     for name, tensor in student_of(outcome).items():
         assert torch.equal(tensor, student_of(repeated)[name])
     changed = options | (

@@ -167,7 +167,7 @@ def test_holes_are_not_damage(tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"teacher_ahead": True}, marks=pytest.mark.slow),
         pytest.param({"micro_batch": 12}, marks=pytest.mark.slow),
         pytest.param({"strategy": "ind/ic"}, marks=pytest.mark.slow),

@@ -284,8 +284,11 @@ def run_with_measured_mode(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "damage",
-    ['{"precision": ["fp32"]}', '{"layout": 3}', '{"compiled": true}', '{"precision": "fp64"}', "[]", "folder"],
-)
+    [
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ('{"precision": ["fp32"]}', '{"layout": 3}')),
+        '{"compiled": true}', '{"precision": "fp64"}', "[]", "folder",
+    ],
+)  # fmt: skip
 def test_damaged_measurement_of_a_teacher_mode_is_ignored(tmp_path, monkeypatch, run_with_measured_mode, damage):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     shutil.copytree(run_with_measured_mode, tmp_path, dirs_exist_ok=True)
