@@ -130,13 +130,14 @@ def test_what_an_option_means_on_resume_stands_with_the_option():
 
 
 def test_time_adds_up_over_all_starts(tmp_path, capsys):
-    folder = stopped_run(tmp_path / "run", log_every=8, save_every=4)
+    more = {"log_every": 8, "save_every": 4, "steps": 24}
+    folder = stopped_run(tmp_path / "run", **more)
     state = max((folder / "checkpoints").glob("step-*")) / "state.json"
     saved = json.loads(state.read_text())
     assert saved["seconds"] > 0, "no loss was recorded yet"
     state.with_name("checksums.json").unlink()
     state.write_text(json.dumps(seal(saved | {"seconds": 3600.0})))
-    run = funmatch.train(out=folder, **MINI | {"log_every": 8, "save_every": 4})
+    run = funmatch.train(out=folder, **MINI | more)
     assert 3600 < run.metrics["seconds"] < 3700
     assert json.loads((folder / "result.json").read_text())["seconds"] == run.metrics["seconds"]
     tables.show(run)

@@ -189,7 +189,7 @@ def test_micro_batches_and_checkpointing_give_the_same_weights(tmp_path, options
 
 
 def test_freeze_until_keeps_earlier_modules_unchanged(tmp_path):
-    run = finetune(tmp_path / "run", freeze_until="layer3", lr=0.1)
+    run = finetune(tmp_path / "run", freeze_until="layer3", lr=0.1, keep="last")
     torch.manual_seed(0)
     first = funmatch.load(MODEL, options=("channels=(8, 8, 16, 16)", "stem_width=8"), classes=10, pretrained=False)
     assert {name.split(".")[0] for name in weights(run)} >= {"conv1", "layer1", "layer3", "fc"}

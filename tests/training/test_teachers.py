@@ -176,7 +176,7 @@ def test_run_with_two_teachers_at_two_sides(tmp_path):
     assert run.figures["teacher"]["parameters"] == 2 * 109_766
     found = records(run.folder, "teacher")
     assert [each["teacher"] for each in found] == [TEACHER, TEACHER, f"{TEACHER} + {TEACHER}"]
-    assert found[0]["top1"] == pytest.approx(0.85, abs=0.02)  # one image is 0.017
+    assert found[0]["top1"] == pytest.approx(0.93, abs=0.02)  # one image is 0.033
     mode = {"folded": True, "precision": "fp32", "layout": "channels_last"}
     mode |= dict.fromkeys(("compiled", "native", "packed"), False)
     assert found[0]["form"] == mode
