@@ -1,5 +1,6 @@
 """A library that is imported when a test first needs it, so that of several processes only one waits for it."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -15,4 +16,6 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self._name), name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as `pytest.importorskip` does: they are the library's own
+            return getattr(import_module(self._name), name)
