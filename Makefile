@@ -8,7 +8,10 @@ WORDS ?=
 VERSIONS ?= pinned
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# What Python has compiled is kept, beside the libraries: where the shell forbids it, each process that a test starts would
+# compile PyTorch again, for five seconds.
+BYTECODE = env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX="$(CURDIR)/$(VENV)/bytecode"
+PYTEST = $(BYTECODE) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SAY = echo "lint and types: $$lint; tests: $$tests"; [ "$$lint$$tests" = okok ]
 
 .PHONY: demo test test-slow test-floors test-newest parity lint pins notebooks clean
