@@ -7,7 +7,10 @@ def main() -> None:
     """Runs the command line."""
     # Before the imports of the command line, which take a moment.
     exit_on_signals()
-    from funmatch import cli
+    from funmatch.commands.common.imports import no_collections
+
+    with no_collections():
+        from funmatch import cli
 
     cli.main()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -80,8 +81,9 @@ def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
         conf += [tyro.conf.FlagCreatePairsOff] if known.default is False and not below else []
         conf += [spec] if (spec := _spec_of_numbers(known.annotation) or _spec_of_choices(known.annotation)) else []
         typed: Any = Annotated[(known.annotation, *conf)]  # pyrefly: ignore[not-a-type]
-        text = " ".join((known.description or "").split())
-        fields.append(StructFieldSpec(name=name, type=typed, default=default, helptext=text))
+        fields.append(
+            StructFieldSpec(name=name, type=typed, default=default, helptext=partial(info.type.description, name))
+        )
     return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
 

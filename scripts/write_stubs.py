@@ -249,7 +249,7 @@ def named_choices(metavar: str | None) -> list[str]:
 
 def sentence(table: type[Options], name: str) -> str:
     """Returns what an option sets, and its default."""
-    text = " ".join((table.model_fields[name].description or "").split())
+    text = table.description(name)
     note = default_of(table, name)
     return in_python(f"{text} ({note})" if note and note != "required" else text, table)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch import config
+from funmatch.commands.common.imports import no_collections
 from funmatch.commands.common.neighbours import command_hint
 from funmatch.config import SEARCHED, tools
 from funmatch.config.options import Options
@@ -116,11 +117,14 @@ def run_verb(
     options.check()  # here, for all commands, from wherever they are called
     # Only where something is named or written: the readers of data take a moment to import.
     if type(options).where(lambda opt: opt.refers is not None or opt.function):
-        load_function("commands.common.preflight:check")(name, options)
+        with no_collections():
+            check = load_function("commands.common.preflight:check")
+        check(name, options)
     _announce(name)
     if is_dry_run(options):
         return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
-    run = load_function(verb.run)
+    with no_collections():
+        run = load_function(verb.run)
     signals.raise_on_signals(options.save_signals if isinstance(options, config.Train) else ())
     # Only commands that name models take modules.
     found = run(options, modules) if modules else run(options)

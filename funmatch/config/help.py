@@ -85,8 +85,7 @@ def essential_lines(table: type[Options], without: Iterable[str] = ()) -> list[s
     shown = [(name, opt) for name, opt in _sorted(table) if opt.essential and name not in {*without}]
     lines = []
     for name, _ in shown:
-        # pydantic keeps the line breaks of the sentence in the source, which would break the lines anew in odd places.
-        text = " ".join((table.model_fields[name].description or "").split())
+        text = table.description(name)
         note = default_of(table, name)
         lines += textwrap.wrap(f"{name}: {text}{f' ({note})' if note else ''}", 100, subsequent_indent="    ")
     return lines
@@ -194,7 +193,7 @@ def _option(table: type[Options], name: str, opt: Opt) -> Iterator[str]:
     # A list may be given in one go or flag by flag (`merge_repeated`); without a flag there is only one go.
     repeated = get_origin(field.annotation) is tuple and not opt.positional
     notes = [note for note in (default_of(table, name), "may be repeated" if repeated else None) if note]
-    text = " ".join((field.description or "").split())
+    text = table.description(name)
     return _row(f"  {label(table, name)}", f"{text} ({'; '.join(notes)})" if notes else text, COLUMN)
 
 

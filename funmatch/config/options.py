@@ -1,8 +1,13 @@
 """The base of all tables of options: frozen, no unknown key, every problem reported at once."""
 
+import ast
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -17,9 +22,7 @@ class Options(BaseModel):
     """A table of options: frozen, no unknown key, every problem reported at once."""
 
     # The schema of a table is built when its first row is made: a command needs one table of twenty.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=True, defer_build=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True, defer_build=True)
     verbs: ClassVar[str] = ""
     """The heading under which `funmatch --help` lists the command."""
     examples: ClassVar[tuple[str, ...]] = ()
@@ -58,6 +61,18 @@ class Options(BaseModel):
             if isinstance(each, Opt):
                 return each
         raise TypeError(f"{cls.__name__}.{name} has no Opt(…)")
+
+    @classmethod
+    def description(cls, name: str) -> str:
+        """The sentences that stand below an option in the source, on one line; empty where there are none.
+
+        Read when they are shown: pydantic would parse all tables at each start, which takes longer than `--help`.
+        """
+        if text := _texts_below(cls.__module__).get(cls.__qualname__, {}).get(name):
+            return text
+        # Not by the order in which methods are looked up: a field comes from the first base that has it.
+        bases = (each for each in cls.__bases__ if issubclass(each, Options) and name in each.model_fields)
+        return next((base.description(name) for base in bases), "")
 
     @classmethod
     def opts(cls) -> Iterator[tuple[str, Opt]]:
@@ -187,6 +202,24 @@ class Machine(Options):
             device = f"--device cuda{f':{number}' if number else ''}"
             return [f"unknown device {self.device!r}; for a GPU of NVIDIA or AMD pass {device}"]
         return super().problems()
+
+
+@cache
+def _texts_below(module: str) -> dict[str, dict[str, str]]:
+    """The strings below the fields of a module's classes, each on one line, by class and field."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # modules of C, and those whose source was not installed
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for table in (each for each in tree.body if isinstance(each, ast.ClassDef)):
+        found[table.name] = {
+            field.target.id: " ".join(text.value.value.split())
+            for field, text in pairwise(table.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        }
+    return found
 
 
 def like(table: type[Options], name: str, **others: Any) -> Opt:

@@ -4,7 +4,6 @@ import copy
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @torch.no_grad()
@@ -18,6 +17,8 @@ def gflop(net: nn.Module, side: int) -> float | None:
     Returns:
         10⁹ operations, a multiply-add counting as two; None if the network cannot be counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports Triton, where that is installed
+
     try:
         # On the meta device no numbers are computed, so that even the largest network takes no memory. In fp32, since
         # not every operation has a meta kernel in 16 bits.

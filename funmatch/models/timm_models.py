@@ -3,6 +3,7 @@
 import ast
 import math
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 from urllib.parse import urlsplit
@@ -10,7 +11,8 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from funmatch.config.choices import Resample, TaskName
 from funmatch.data.labels import MAX_CLASSES
@@ -19,6 +21,8 @@ from funmatch.models.checkpoints.fitting import Wanted
 from funmatch.models.classifier import Card, Classifier, timm_config
 from funmatch.models.weights import is_fillable
 
+DRAWS = {Tensor.normal_, Tensor.uniform_}
+"""Methods that fill a tensor with random numbers, of which others are computed."""
 LEAST_FRACTION, LARGEST_SIDE = 0.05, 1 << 14
 """The smallest share of an image, and the largest side in pixels, that the configuration of a model may name."""
 
@@ -73,13 +77,30 @@ def offline_message(architecture: str, error: Exception) -> str:
     )
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leaves out random initialisation on the device `meta`, where there are no numbers to draw.
+
+    PyTorch would compute the shapes of what it draws in Python, tensor by tensor, and import sympy for that.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def create_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     """Builds a network on the device `meta`: its layers and sizes, without any memory for numbers, to be counted.
 
     Raises:
         InputError: the constructor fails, or computes with numbers, of which this device has none.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDraws():
         return create(architecture, kwargs)
 
 
@@ -96,7 +117,7 @@ def create_empty(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
 def _on_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module | None:
     """Builds a network without memory for its tensors; None if its constructor does not allow that."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoDraws():
             return timm.create_model(architecture, **kwargs)
     except Exception:  # some constructors compute with values, which a device without memory does not have
         return None

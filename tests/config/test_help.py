@@ -25,7 +25,7 @@ def test_help_all_lists_every_option_within_the_terminal_width(verb, columns):
     text = help_of(verb, table, everything=True)
     for name in table.model_fields:
         assert re.search(rf"^  {re.escape(label(table, name))}( |$)", text, re.M), name
-        description = " ".join((table.model_fields[name].description or "").split())
+        description = table.description(name)
         assert description in " ".join(text.split()), name
     long = [line for line in text.splitlines() if len(line) > columns]
     assert not [line for line in long if len(line.split()) > 1 and not line.startswith("  --")], long

@@ -24,8 +24,8 @@ BASE: dict[str, Any] = {"data": "d", "teacher": "t", "student": "s", "out": "o",
 def test_every_option_has_help_group_and_bounds_that_fit_its_type(table):
     for name, field in table.model_fields.items():
         opt = table.opt(name)
-        assert field.description, f"{name} has no help"
-        assert field.description[0].isupper() or " " in field.description, name
+        assert (text := table.description(name)), f"{name} has no help"
+        assert text[0].isupper() or " " in text, name
         assert opt.changes, f"{name} changes nothing"
         assert isinstance(opt.group, Group)
         if field.default in (None, (), "") and not field.is_required():

@@ -357,6 +357,18 @@ def test_miscompiled_kernels_are_reported_and_leave_the_others_alone(tmp_path, m
         assert ("wrong values" in why_unavailable()) == (name == source)
 
 
+def test_compiler_is_asked_for_its_version_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    compiler, asked = tmp_path / "c++", tmp_path / "asked"
+    compiler.write_text(f"#!/bin/sh\necho x >> {asked}\necho 'c++ 1.0'\n")
+    compiler.chmod(0o755)
+    versions = [library._version_of(str(compiler)) for _ in range(2)]
+    assert versions == [b"c++ 1.0\n"] * 2
+    assert asked.read_text() == "x\n"
+    compiler.write_text(f"#!/bin/sh\necho x >> {asked}\necho 'c++ 2.0, newer'\n")
+    assert library._version_of(str(compiler)) == b"c++ 2.0, newer\n", "another file under the same path"
+
+
 def test_library_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     assert library.why_unavailable() == ""

@@ -106,7 +106,7 @@ def _fish_lines() -> Iterator[str]:
                 kind = kind_of(field)
                 # -x: only these are offered, and no files.
                 values = f" -x -a {shlex.quote(' '.join(kind.choices))}" if kind.choices else ""
-                summary = shlex.quote(" ".join((field.description or "").split()).partition(". ")[0])
+                summary = shlex.quote(table.description(name).partition(". ")[0])
                 condition = f"'__fish_seen_subcommand_from {verb}'"
                 yield f"complete -c funmatch -n {condition} {' '.join(flags)}{values} -d {summary}"
 

@@ -34,7 +34,7 @@ def template(verb: str, table: type[Options]) -> str:
 def _entry(table: type[Options], name: str) -> Iterator[str]:
     """An option: its sentence, and the line that sets it."""
     field = table.model_fields[name]
-    yield from _comment(" ".join((field.description or "").split()))
+    yield from _comment(table.description(name))
     if field.is_required():
         value = metavar(table, name).removesuffix(" …")
         yield f"{name} = {_toml([value] if kind_of(field).several else value)}  # required"

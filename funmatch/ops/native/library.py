@@ -20,6 +20,7 @@ from typing import Any
 
 from funmatch.errors import first_line
 from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
+from funmatch.runtime.measured import Measurement
 
 NAMES = ("norms.cpp", "batch_norms.cpp", "depthwise.cpp", "views.cpp", "jpeg.cpp")
 HEADER_NAMES = ("numbers.h", "jpeg_codes.h", "jpeg_header.h", "jpeg_pixels.h")
@@ -144,8 +145,7 @@ def _build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise OSError("no C++ compiler found; install g++, or set CXX to the path of one")
-    # By its answer, not its path: an upgraded compiler has the same path.
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    version = _version_of(compiler)
     # Everything that decides the machine code: a home folder may be shared by machines with different processors.
     sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
     key = (sources, FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
@@ -195,6 +195,20 @@ def _put(compiled: Path, path: Path) -> None:
     # The library last, so that one with a digest is never looked for in vain.
     write_atomically(_digest_of(path), digest)
     compiled.replace(path)
+
+
+def _version_of(compiler: str) -> bytes:
+    """Returns what a compiler says of its version: an upgraded one has the same path. Each is asked once."""
+    found = os.stat(compiler)  # of what a link leads to
+    key = repr((os.path.realpath(compiler), found.st_size, found.st_mtime_ns))
+    measured = Measurement("compilers", key, "the compiler's version")
+    # In hexadecimal digits: it may be any bytes.
+    if record := measured.read({"version": str}):
+        with suppress(ValueError):
+            return bytes.fromhex(record["version"])
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    measured.write({"version": version.hex()})
+    return version
 
 
 def _folder() -> Path:

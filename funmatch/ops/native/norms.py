@@ -48,7 +48,9 @@ def _kernels_are_right() -> bool:
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, kernel)]
         normed = F.group_norm(leaves[0], 3, leaves[1], leaves[2], 1e-5).relu()
         filters = F.batch_norm(leaves[3].view(1, 4, 18), None, None, training=True, eps=1e-6).view(4, 2, 3, 3)
-        grads = torch.autograd.grad((normed, filters), leaves, (grad_y, grad_kernel))
+        # Of a number: to compare the shapes of given gradients, torch would import sympy.
+        total = (normed * grad_y).sum() + (filters * grad_kernel).sum()
+        grads = torch.autograd.grad(total, leaves)
     reference = (normed, *grads[:3], filters, grads[3])
     return all((a - b).abs().max() < TOLERANCE for a, b in zip(ours, reference, strict=True))
 

@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import timm.optim
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line, unknown
@@ -35,6 +33,8 @@ RESERVED = {"params", "lr", "weight_decay", "momentum", "sharded_map"}
 
 def list_optimizers() -> list[str]:
     """Returns the names that `create_optimizer` accepts: those of `FACTORIES` and timm's."""
+    import timm.optim  # here, since it imports torch's distributed tensors: as long as all the rest of a run takes
+
     return sorted({*FACTORIES, *map(str, timm.optim.list_optimizers())} - REFUSED.keys())
 
 
@@ -48,7 +48,8 @@ def check_optimizer_name(name: str) -> None:
         return
     if name in REFUSED:
         raise InputError(f"optimizer {name} cannot be used: {REFUSED[name]}")
-    if name not in list_optimizers():
+    # timm's are listed only for a name that is not ours, since that imports them all.
+    if name not in FACTORIES and name not in list_optimizers():
         raise unknown("optimizer", name, list_optimizers())
 
 
@@ -237,10 +238,16 @@ def _class_of(name: str) -> Callable[..., torch.optim.Optimizer]:
             raise ImportError("it is pytorch-optimizer's; pip install 'funmatch[soap]'") from None
         return SOAP
     ours = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "shampoo": Shampoo}
-    return ours.get(name) or get_optimizer_class(name, bind_defaults=False)
+    if name in ours:
+        return ours[name]
+    from timm.optim import get_optimizer_class
+
+    return get_optimizer_class(name, bind_defaults=False)
 
 
 def _from_timm(name: str, groups: Groups, lr: float, momentum: float, **options: Any) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2
+
     # timm's LAMB clips to a norm of 1 by default; the loop clips all gradients itself, if the user wants it.
     if "lamb" in name:
         options = {"max_grad_norm": None, **options}

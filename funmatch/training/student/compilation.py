@@ -17,6 +17,8 @@ from funmatch.runtime.log import info
 from funmatch.runtime.text import duration
 from funmatch.training.loop import LoopOptions
 
+COMPILED_AT_MOST = 1000
+"""Networks and sizes of batches that one process compiles."""
 COMPILE_MODES = {"on": None, "max": "max-autotune"}
 """Modes of `torch.compile`; max tries many kernels, and replays CUDA graphs."""
 WITHOUT_GRAPHS = {**COMPILE_MODES, "max": "max-autotune-no-cudagraphs"}
@@ -36,6 +38,8 @@ def compile_student(student: Classifier, loop: LoopOptions, config: Train, side:
     sizes = sorted({stop - start for start, stop in pairwise(bounds)})
     began, net = time.monotonic(), student.net
     info(f"compiling {config.student}, a minute or two (disable with --compile off)")
+    # All students and sizes share the code of `forward`, and torch compiles a piece of code eight times by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_AT_MOST)
     # A closure over the network: state_dict keeps its names, without the prefix of a compiled module.
     forward = student.answer_net if student.readout else lambda views: net(views)
     modes = COMPILE_MODES if len(bounds) == 2 else WITHOUT_GRAPHS

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ class LoadedTeacher:
     """A teacher as it was loaded: fp32, not frozen yet.
 
     Attributes:
-        load_again: loads it anew, with further options of its constructor; freezing changes a network for good.
+        load_again: gives it anew, or with further options of its constructor; freezing changes a network for good.
         classifier: the network.
         digest: of its weights and of the mapped classes.
         function: digest of everything else that decides its outputs: architecture and normalisation.
@@ -115,13 +116,26 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         # Another map is another teacher: its logits stand for other classes.
         if class_map:
             digest += "-" + hashlib.blake2b(json.dumps(class_map).encode(), digest_size=8).hexdigest()
-        function, view_side = function_of(classifier), own_side or 0
-        teachers.append(
-            LoadedTeacher(load_one, classifier, digest, function, class_map, view_side, share / sum(shares))
-        )
+        again, function, weight = _again(classifier, load_one), function_of(classifier), share / sum(shares)
+        teachers.append(LoadedTeacher(again, classifier, digest, function, class_map, own_side or 0, weight))
     if _matches_logits(config):
         _check_same_classes(teachers, trust_order=config.trust_class_order)
     return teachers
+
+
+def _again(classifier: Classifier, load_one: Callable[..., Classifier]) -> Callable[..., Classifier]:
+    """Returns what gives a teacher anew: a copy, or, with further options of its constructor, the file read again.
+
+    Each mode that is tried takes a network, and reading, checking and filling one takes ten times as long as a copy.
+    """
+
+    def again(*more: str) -> Classifier:
+        if not more:
+            with suppress(Exception):  # a module of the user's may hold what cannot be copied
+                return copy.deepcopy(classifier)
+        return load_one(*more)
+
+    return again
 
 
 def _show_notes(name: str, classifier: Classifier, config: Distill | Evaluate) -> None:
@@ -146,8 +160,8 @@ def _check_head(name: str, classifier: Classifier, config: Distill | Evaluate) -
 
 def read_again(teacher: LoadedTeacher, option: str) -> LoadedTeacher:
     """Returns a teacher with a further option of its constructor."""
-    again = partial(teacher.load_again, option)
-    classifier = again()
+    classifier = teacher.load_again(option)
+    again = _again(classifier, partial(teacher.load_again, option))
     return replace(teacher, load_again=again, classifier=classifier, function=function_of(classifier))
 
 
