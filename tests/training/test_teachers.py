@@ -178,7 +178,7 @@ def test_run_with_two_teachers_at_two_sides(tmp_path):
     assert [each["teacher"] for each in found] == [TEACHER, TEACHER, f"{TEACHER} + {TEACHER}"]
     assert found[0]["top1"] == pytest.approx(0.93, abs=0.02)  # one image is 0.033
     mode = {"folded": True, "precision": "fp32", "layout": "channels_last"}
-    mode |= dict.fromkeys(("compiled", "native", "packed"), False)
+    mode |= dict.fromkeys(("compiled", "native"), False)
     assert found[0]["form"] == mode
     assert found[0]["beside_fp32"]["agreement"] == 1.0
     config = json.loads((run.folder / "config.json").read_text())

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LATER_FIELDS = ("packed", "fp32_layers")
+"""Fields of `InferenceMode` that records of earlier versions do not have."""
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -37,8 +39,8 @@ class InferenceMode:
     def record(self) -> dict[str, Any]:
         """The mode as runs record it, as JSON has it."""
         found = {**vars(self), "fp32_layers": [*self.fp32_layers]}
-        # Missing where there are none, as in earlier records: caches hold it in their keys.
-        return found if self.fp32_layers else {name: value for name, value in found.items() if name != "fp32_layers"}
+        # Later fields are missing where there is nothing to say, as in earlier records: caches hold it in their keys.
+        return {name: value for name, value in found.items() if value or name not in LATER_FIELDS}
 
     def __str__(self) -> str:
         flags = {"compiled": self.compiled, "native kernels": self.native, "packed weights": self.packed}
