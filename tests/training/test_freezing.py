@@ -138,7 +138,6 @@ def test_layers_in_fp32_are_recorded_remembered_and_resumed(rescued, tmp_path, m
         "layout": "contiguous",
         "compiled": False,
         "native": False,
-        "packed": False,
     }
     facts = json.loads((rescued / "config.json").read_text())["facts"]
     found = facts["teacher_forms"][0]["form"]
