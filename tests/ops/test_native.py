@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from kernel_checks import assert_threads_change_no_bit, errors, gradients
 from timm.layers import GroupNormAct
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import nn
@@ -45,14 +46,6 @@ def clear_caches() -> None:
 
 def native_classes(*kinds: str) -> set[type[nn.Module]]:
     return {native for kind in kinds for native in native_layers.NATIVE_CLASSES[kind].values()}
-
-
-def errors(actual: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
-    """Largest error of each tensor, relative to its largest value."""
-    return [
-        float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(1e-30))
-        for a, b in zip(actual, truth, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,7 +119,6 @@ def test_nan_spreads_to_its_group_only():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_thread_count_changes_no_bit(threads):
-    before = torch.get_num_threads()
     x = torch.randn(6, 32, 8, 8).contiguous(memory_format=LAST).requires_grad_()
     weight, bias = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
 
@@ -134,19 +126,7 @@ def test_thread_count_changes_no_bit(threads):
         y = norms.group_norm(x, weight, bias, 8, 1e-5)
         return [y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))]
 
-    first = forward_backward()
-    torch.set_num_threads(threads)
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(first, forward_backward(), strict=True))
-    finally:
-        torch.set_num_threads(before)
-
-
-def gradients(net: nn.Module, views: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    net.zero_grad()
-    logits = net(views)
-    logits.square().mean().backward()
-    return logits.detach(), {name: parameter.grad.double() for name, parameter in net.named_parameters()}
+    assert_threads_change_no_bit(forward_backward, threads)
 
 
 @pytest.mark.parametrize(

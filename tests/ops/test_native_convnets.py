@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from kernel_checks import assert_threads_change_no_bit, errors, gradients
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
@@ -20,14 +21,6 @@ pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there i
 LAST = torch.channels_last
 KINDS = tuple(native_layers.AVAILABLE)
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-def errors(actual: Iterable[Tensor], truth: Iterable[Tensor]) -> list[float]:
-    """Largest error of each tensor, relative to its largest value."""
-    return [
-        float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(1e-30))
-        for a, b in zip(actual, truth, strict=True)
-    ]
 
 
 def with_gradients(compute: Callable[..., Tensor], leaves: Iterable[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -162,7 +155,6 @@ def test_attention_equals_torchs_and_leaves_other_calls_alone():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_thread_count_changes_no_bit(threads):
-    before = torch.get_num_threads()
     x = torch.randn(6, 32, 8, 8).contiguous(memory_format=LAST)
     leaves, kernel = (x, torch.randn(32)), torch.randn(32, 1, 5, 5)
 
@@ -173,12 +165,7 @@ def test_thread_count_changes_no_bit(threads):
             *with_gradients(lambda x, k: depthwise.depthwise_conv(x, k, None, 1, 2), (x, kernel), upstream)[1:],
         ]  # fmt: skip
 
-    first = forward_backward()
-    torch.set_num_threads(threads)
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(first, forward_backward(), strict=True))
-    finally:
-        torch.set_num_threads(before)
+    assert_threads_change_no_bit(forward_backward, threads)
 
 
 def test_nan_and_infinity_spread_to_their_channel_only():
@@ -189,13 +176,6 @@ def test_nan_and_infinity_spread_to_their_channel_only():
         y = batch_norms.batch_norm(x, torch.ones(4), torch.zeros(4), None, 0.1, 1e-5, activation)
         assert y[:, 1:3].isnan().all()
         assert y[:, [0, 3]].isfinite().all()
-
-
-def gradients(net: nn.Module, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    net.zero_grad()
-    logits = net(views)
-    logits.square().mean().backward()
-    return logits.detach(), {name: parameter.grad.double() for name, parameter in net.named_parameters()}
 
 
 @pytest.mark.parametrize(

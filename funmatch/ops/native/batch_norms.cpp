@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "sums.h"
 
 namespace {
 
@@ -56,24 +57,6 @@ inline float slope(float x) {
     return 1.0f;
 }
 
-// Pixels that are summed in float32, which makes full vectors; the sums of blocks are summed in float64.
-constexpr int64_t BLOCK = 128;
-
-// Adds up what `add(pixel, first, second)` adds for each pixel of an image; writes two sums a channel.
-template <typename Add>
-void sum_image(double* __restrict totals, float* __restrict sums, int64_t pixels, int64_t channels, Add add) {
-    for (int64_t c = 0; c < 2 * channels; ++c) totals[c] = sums[c] = 0;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        add(pixel, sums, sums + channels);
-        if (pixel % BLOCK != BLOCK - 1 && pixel != pixels - 1) continue;
-#pragma omp simd
-        for (int64_t c = 0; c < 2 * channels; ++c) {
-            totals[c] += sums[c];
-            sums[c] = 0;
-        }
-    }
-}
-
 // y = activation((x − mean) / deviation · weight + bias), with mean and deviation over all images. Writes both for the
 // backward pass, and moves the running statistics as torch does, unless there are none.
 template <int ACTIVATION, typename T>
@@ -108,12 +91,8 @@ void batch_norm(const T* x, T* y, float* mean, float* inverse, float* running_me
         }
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < channels; ++c) {
-            double total = 0, square = 0;
-            for (int64_t image = 0; image < images; ++image) {
-                total += totals[2 * channels * image + c];
-                square += totals[2 * channels * image + channels + c];
-            }
-            const double offset = total / count, deviation = square / count - offset * offset;
+            const Sums all = over_images(totals.data(), images, channels, c);
+            const double offset = all.first / count, deviation = all.second / count - offset * offset;
             // Rounding may leave a constant channel slightly below 0; `* 0` instead of 0 lets NaN through.
             const double variance = deviation > 0 ? deviation : deviation * 0;
             mean[c] = static_cast<float>(first[c] + offset);
@@ -175,12 +154,8 @@ void batch_norm_backward(const T* dy, const T* x, T* dx, float* dweight, float* 
         }
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < channels; ++c) {
-            double d_total = 0, dz_total = 0;
-            for (int64_t image = 0; image < images; ++image) {
-                d_total += totals[2 * channels * image + c];
-                dz_total += totals[2 * channels * image + channels + c];
-            }
-            dz_total *= inverse[c];
+            const Sums all = over_images(totals.data(), images, channels, c);
+            const double d_total = all.first, dz_total = all.second * inverse[c];
             dbias[c] = static_cast<float>(d_total);
             dweight[c] = static_cast<float>(dz_total);
             // dx as a line in d and x, so that the second pass is one expression.

@@ -23,7 +23,7 @@ from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
 from funmatch.runtime.measured import Measurement
 
 NAMES = ("norms.cpp", "batch_norms.cpp", "depthwise.cpp", "views.cpp", "jpeg.cpp")
-HEADER_NAMES = ("numbers.h", "jpeg_codes.h", "jpeg_header.h", "jpeg_pixels.h")
+HEADER_NAMES = ("numbers.h", "sums.h", "jpeg_codes.h", "jpeg_header.h", "jpeg_pixels.h")
 SOURCES, HEADERS = (tuple(map(Path(__file__).with_name, names)) for names in (NAMES, HEADER_NAMES))
 # Vectors wider than the processor's are no mistake: the compiler cuts them (-Wno-psabi).
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "sums.h"
 
 namespace {
 
@@ -28,10 +29,6 @@ struct Shape {
 inline float scale_of(float inverse, float weight) { return inverse * weight; }
 inline float shift_of(float bias, float mean, float scale) { return bias - mean * scale; }
 
-// Pixels that are summed in float32, which makes full vectors; the sums of blocks are summed in float64. Float32 alone
-// would lose digits over the 57,600 pixels of an image of 240 × 240.
-constexpr int64_t BLOCK = 128;
-
 // y = x · scale + shift, cut off below 0 if there is a ReLU. Two passes over x: one for the sums, one for the result.
 // Writes the mean and 1 / deviation of each group, (images, groups), for the backward pass.
 template <typename T>
@@ -45,9 +42,8 @@ void group_norm(const T* x, T* y, float* mean, float* inverse, const float* weig
         double* __restrict sums = totals.data();
         double* __restrict squares = sums + channels;
         float* __restrict first = memory.data();
-        float* __restrict sum = first + channels;
-        float* __restrict square = sum + channels;
-        float* __restrict scale = square + channels;
+        float* __restrict block = first + channels;
+        float* __restrict scale = block + 2 * channels;
         float* __restrict shift = scale + channels;
 #pragma omp for schedule(static)
         for (int64_t image = 0; image < shape.images; ++image) {
@@ -55,26 +51,17 @@ void group_norm(const T* x, T* y, float* mean, float* inverse, const float* weig
             T* into = y + image * pixels * channels;
             // Sums of differences from each channel's first value: for values far from 0, the mean of the squares less the
             // square of the mean would lose the deviation.
-            for (int64_t c = 0; c < channels; ++c) {
-                first[c] = read(from + c);
-                sums[c] = squares[c] = sum[c] = square[c] = 0;
-            }
-            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-                const T* __restrict row = from + pixel * channels;
+            for (int64_t c = 0; c < channels; ++c) first[c] = read(from + c);
+            sum_image(sums, block, pixels, channels,
+                      [&](int64_t pixel, float* __restrict sum, float* __restrict square) {
+                          const T* __restrict row = from + pixel * channels;
 #pragma omp simd
-                for (int64_t c = 0; c < channels; ++c) {
-                    const float value = read(row + c) - first[c];
-                    sum[c] += value;
-                    square[c] += value * value;
-                }
-                if (pixel % BLOCK != BLOCK - 1 && pixel != pixels - 1) continue;
-#pragma omp simd
-                for (int64_t c = 0; c < channels; ++c) {
-                    sums[c] += sum[c];
-                    squares[c] += square[c];
-                    sum[c] = square[c] = 0;
-                }
-            }
+                          for (int64_t c = 0; c < channels; ++c) {
+                              const float value = read(row + c) - first[c];
+                              sum[c] += value;
+                              square[c] += value * value;
+                          }
+                      });
             for (int64_t g = 0; g < shape.groups; ++g) {
                 double total = 0, deviation = 0;
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sums[c] + pixels * static_cast<double>(first[c]);
@@ -129,8 +116,7 @@ void group_norm_backward(const T* dy, const T* x, T* dx, float* dweight, float* 
         float* __restrict centre = shift + channels;
         float* __restrict x_factor = centre + channels;
         float* __restrict constant = x_factor + channels;
-        float* __restrict d_sum = constant + channels;
-        float* __restrict dz_sum = d_sum + channels;
+        float* __restrict block = constant + channels;
 #pragma omp for schedule(static)
         for (int64_t image = 0; image < shape.images; ++image) {
             const T* from = x + image * pixels * channels;
@@ -144,27 +130,20 @@ void group_norm_backward(const T* dy, const T* x, T* dx, float* dweight, float* 
                 centre[c] = mean[g];
                 scale[c] = scale_of(inverse[g], weight[c]);
                 shift[c] = shift_of(bias[c], mean[g], scale[c]);
-                d_sums[c] = dz_sums[c] = d_sum[c] = dz_sum[c] = 0;
             }
             // The ReLU's mask is computed anew from x instead of being kept: memory costs more than the arithmetic.
-            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-                const T* __restrict row = from + pixel * channels;
-                const T* __restrict given_row = given + pixel * channels;
+            sum_image(d_sums, block, pixels, channels,
+                      [&](int64_t pixel, float* __restrict d_sum, float* __restrict dz_sum) {
+                          const T* __restrict row = from + pixel * channels;
+                          const T* __restrict given_row = given + pixel * channels;
 #pragma omp simd
-                for (int64_t c = 0; c < channels; ++c) {
-                    const float value = read(row + c);
-                    const float d = relu && value * scale[c] + shift[c] <= 0 ? 0.0f : read(given_row + c);
-                    d_sum[c] += d;
-                    dz_sum[c] += d * (value - centre[c]);
-                }
-                if (pixel % BLOCK != BLOCK - 1 && pixel != pixels - 1) continue;
-#pragma omp simd
-                for (int64_t c = 0; c < channels; ++c) {
-                    d_sums[c] += d_sum[c];
-                    dz_sums[c] += dz_sum[c];
-                    d_sum[c] = dz_sum[c] = 0;
-                }
-            }
+                          for (int64_t c = 0; c < channels; ++c) {
+                              const float value = read(row + c);
+                              const float d = relu && value * scale[c] + shift[c] <= 0 ? 0.0f : read(given_row + c);
+                              d_sum[c] += d;
+                              dz_sum[c] += d * (value - centre[c]);
+                          }
+                      });
             for (int64_t g = 0; g < shape.groups; ++g) {
                 const double inverse_std = inverse[image * shape.groups + g], group_mean = mean[image * shape.groups + g];
                 double weighted_d = 0, weighted_dz = 0;

@@ -88,8 +88,7 @@ def student_kernels(config: Train, steps: int, side: int, student: Classifier, d
         if before and run_folder.options_of(config.out).get("compile") == NATIVE:
             return before.get("kernels", [*FROZEN_KINDS])  # runs from before the fact had no others
         kinds = available_kinds(config, student)
-        large = student.count_parameters() >= SMALL_NETWORK
-        if missing := [why for kind in kinds_of(student.net) if large and (why := AVAILABLE[kind]())]:
+        if missing := [why for kind in gaining_kinds(config, student) if (why := AVAILABLE[kind]())]:
             info(f"native CPU kernels unavailable ({missing[0]}); falling back to slower PyTorch kernels")
         measured = (
             steps_measurement(student, side, _timed_images(config, side), kinds).read(STEP_SHAPE) if kinds else None
@@ -101,13 +100,17 @@ def student_kernels(config: Train, steps: int, side: int, student: Classifier, d
     return {"kernels": distributed.broadcast_from_main(choose)}
 
 
-def available_kinds(config: Train, student: Classifier) -> tuple[str, ...]:
-    """Returns the kinds of native kernels that are available here and compute part of a student."""
+def gaining_kinds(config: Train, student: Classifier) -> tuple[str, ...]:
+    """Returns the kinds of native kernels that compute part of a student, available or not."""
     # A small network spends its time elsewhere.
     if config.compile != NATIVE or student.count_parameters() < SMALL_NETWORK:
         return ()
-    found = [kind for kind in kinds_of(student.net) if not AVAILABLE[kind]()]
-    return tuple(kind for kind in found if _goes_with(kind, config))
+    return tuple(kind for kind in kinds_of(student.net) if _goes_with(kind, config))
+
+
+def available_kinds(config: Train, student: Classifier) -> tuple[str, ...]:
+    """Returns those of `gaining_kinds` that are available here."""
+    return tuple(kind for kind in gaining_kinds(config, student) if not AVAILABLE[kind]())
 
 
 def _goes_with(kind: str, config: Train) -> bool:

@@ -6,7 +6,7 @@ kernels do not support (another layout, another precision) are computed by torch
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,8 @@ NATIVE_CLASSES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "linear": {nn.Linear: NativeLinear},
 }
 """For each kind of kernel, the classes of torch and timm that it supports, and for each the class that uses it."""
+CONDITIONS: dict[str, Callable[[Any], bool]] = {"depthwise": is_depthwise, "linear": is_wide}
+"""What a module must be besides, where its class alone does not decide."""
 FROZEN_KINDS = ("group_norm", "std_conv")
 """Kernels that compute forward passes alone faster, and all that there were in runs that did not record theirs."""
 ATTENTION = "attention"
@@ -172,11 +174,8 @@ def kinds_of(net: nn.Module) -> tuple[str, ...]:
 
 def _kind_of(module: nn.Module) -> str | None:
     """Returns the kind of kernel that supports a module: exactly these classes, as a subclass may override its work."""
-    for kind, classes in NATIVE_CLASSES.items():
-        if type(module) in classes:
-            plain = kind != "depthwise" or is_depthwise(cast("nn.Conv2d", module))
-            return kind if plain and (kind != "linear" or is_wide(cast("nn.Linear", module))) else None
-    return None
+    found = (kind for kind, classes in NATIVE_CLASSES.items() if type(module) in classes)
+    return next((kind for kind in found if kind not in CONDITIONS or CONDITIONS[kind](module)), None)
 
 
 def native_group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
