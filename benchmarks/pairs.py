@@ -109,19 +109,12 @@ def train_some(name: str, options: argparse.Namespace, folder: Path, into: Path)
 
 def our_turn(folder: Path, options: argparse.Namespace, out: Path) -> tuple[float, float, list[str]]:
     """Returns seconds a step of `funmatch distill`, seconds until its first one, and what it says of its choices."""
-    argv = [
-        *("--data", folder / "images", "--teacher", options.teacher, "--teacher-weights", folder / "teacher.pt"),
-        *("--student", options.student, "--student-weights", folder / "student.pt", "--side", options.side),
-        *("--batch", options.batch, "--temperature", options.temperature, "--optimizer", "adamw", "--lr", "1e-3"),
-        *("--weight-decay", "1e-4", "--clip-norm", "1", "--steps", STEPS, "--log-every", 1, "--eval-every", STEPS),
-        *("--save-every", STEPS, "--out", out, "--val", "none", "--unlabelled", "--mixup", "1", "--profile"),
-        "--allow-weak-teacher",
-    ]
+    more = ("--student-weights", folder / "student.pt", "--profile")
+    command = versus_timm.our_command(folder, options, STEPS, out, *more)
     log = out.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.time()
     with open(log, "w") as file:
-        command = [sys.executable, "-m", "funmatch", "distill", *map(str, argv)]
         process = subprocess.Popen(command, stdout=file, stderr=file)
         begin = 0.0
         while not (out / "profile.json").is_file():

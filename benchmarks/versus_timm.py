@@ -116,21 +116,24 @@ def timm_turn(folder: Path, options: argparse.Namespace, variant: tuple[str, ...
     return statistics.median(after - before for before, after in zip(times[WARM:], times[WARM + 1 :], strict=False))
 
 
-def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Path) -> tuple[float, str]:
-    """Seconds a step of `funmatch distill`, and the precision and kernels that it reports."""
+def our_command(folder: Path, options: argparse.Namespace, steps: int, out: Path, *more: Any) -> list[str]:
+    """The command line of a run of ours on a pair's images and weights."""
     argv = [
         *("--data", folder / "images", "--teacher", options.teacher, "--teacher-weights", folder / "teacher.pt"),
         *("--student", options.student, "--side", options.side, "--batch", options.batch, "--allow-weak-teacher"),
         *("--temperature", options.temperature, "--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "1e-4"),
-        *("--clip-norm", "1", "--steps", LONG, "--log-every", 1, "--eval-every", LONG, "--save-every", LONG),
+        *("--clip-norm", "1", "--steps", steps, "--log-every", 1, "--eval-every", steps, "--save-every", steps),
         *("--out", out, "--val", "none", "--unlabelled", "--mixup", "1", *more),
     ]
+    return [sys.executable, "-m", "funmatch", "distill", *map(str, argv)]
+
+
+def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Path) -> tuple[float, str]:
+    """Seconds a step of `funmatch distill`, and the precision and kernels that it reports."""
     log = out.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "funmatch", "distill", *map(str, argv)], stdout=file, stderr=file
-        )
+        process = subprocess.Popen(our_command(folder, options, LONG, out, *more), stdout=file, stderr=file)
         rates: list[float] = []
         while len(rates) <= options.steps + WARM:
             if process.poll() is not None:
