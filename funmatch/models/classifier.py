@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from funmatch.config.choices import Resample, TaskName
 from funmatch.errors import InputError, first_line
 from funmatch.models.inference.outputs import logits_of
-from funmatch.ops.native.attention import ProductAttention
 
 TRAINING_ONLY = "matching_projector"
 """Name under which a student's network holds what training alone uses: in checkpoints, and not in finished students."""
@@ -82,7 +81,7 @@ class Classifier(nn.Module):
         function: `package.module:function` that makes the network, if it is not timm's.
         frozen_modules: modules of the network that are not trained and stay in eval mode.
         compiled_net: the network compiled for training, with its `readout`; or None.
-        product_attention: whether attention is computed by `ops.native.attention` in training mode.
+        attention: makes the context in which the network computes in training mode (`ops.native.attention`).
         readout: reads what training compares of the network and normalised images, rows (n, width); None for logits.
         notes: sentences that a user should know.
         alternatives: options of its constructor (`key=value`) with which the same file is another network, where the
@@ -112,7 +111,7 @@ class Classifier(nn.Module):
         self.options, self.function = options or {}, function
         self.frozen_modules: tuple[str, ...] = ()
         self.compiled_net: Callable[[Tensor], Any] | None = None
-        self.product_attention = False
+        self.attention: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.readout: Callable[[nn.Module, Tensor], Tensor] | None = None
         self.notes: tuple[str, ...] = ()
         self.alternatives: tuple[str, ...] = ()
@@ -155,7 +154,7 @@ class Classifier(nn.Module):
         return self.compiled_net if self.compiled_net and self.training else plain
 
     def _answer_by(self, net: Callable[[Tensor], Any], views: Tensor) -> Tensor:
-        with ProductAttention() if self.product_attention and self.training else nullcontext():
+        with self.attention() if self.training else nullcontext():
             output = net(self.normalize(views))
         return output if isinstance(output, Tensor) else logits_of(output, self.card.name)
 

@@ -183,15 +183,17 @@ def test_nan_and_infinity_spread_to_their_channel_only():
     [
         ("test_resnet", ("batch_norm",)),
         ("test_efficientnet", ("batch_norm", "depthwise")),
-        ("test_convnext", ("depthwise", "linear")),
-        ("test_vit", ("linear", "attention")),
+        ("test_convnext", ("depthwise", "linear", "layer_norm")),
+        ("test_vit", ("linear", "layer_norm", "attention", "softmax")),
         ("mobilenetv3_small_050", ("batch_norm", "depthwise")),
         pytest.param("tf_efficientnet_lite0", ("batch_norm", "depthwise"), marks=pytest.mark.slow),
         pytest.param("regnety_002", ("batch_norm",), marks=pytest.mark.slow),
-        pytest.param("convnext_atto", ("depthwise",), marks=pytest.mark.slow),
+        pytest.param("convnext_atto", ("depthwise", "layer_norm"), marks=pytest.mark.slow),
         pytest.param("resnet18d", ("batch_norm",), marks=pytest.mark.slow),
         pytest.param("mobilenetv4_conv_small_050", ("batch_norm", "depthwise"), marks=pytest.mark.slow),
-        pytest.param("swin_tiny_patch4_window7_224", ("linear", "attention"), marks=pytest.mark.slow),
+        pytest.param(
+            "swin_tiny_patch4_window7_224", ("linear", "layer_norm", "attention", "softmax"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_network_with_native_kernels_computes_the_same_function(name, kinds):
@@ -287,7 +289,7 @@ def test_student_uses_products_of_attention_in_training_only(monkeypatch):
     monkeypatch.setattr(attention, "attention", lambda *heads, **_: calls.append(1) or heads[2])
     net = timm.create_model("test_vit", num_classes=3, img_size=64)
     student = Classifier(net, Card("x", 64, 1.0, (0.5,) * 3, (0.5,) * 3))
-    student.product_attention = True
+    student.attention = attention.ProductAttention
     for training in (True, False):
         student.train(training)
         with torch.autocast("cpu", torch.bfloat16):

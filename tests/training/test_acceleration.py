@@ -209,28 +209,29 @@ def test_kernels_are_those_that_measured_faster_and_a_resumed_run_keeps_its_own(
     def kernels(config: Distill, steps: int = 400) -> list[str]:
         return acceleration.student_kernels(config, steps, 32, student, CPU)["kernels"]
 
-    assert kernels(config) == ["linear", "attention"], "nothing was measured"
-    place = acceleration.steps_measurement(student, 32, 16, ("linear", "attention"))
+    all_kinds = ["linear", "layer_norm", "attention", "softmax"]
+    assert kernels(config) == all_kinds, "nothing was measured"
+    place = acceleration.steps_measurement(student, 32, 16, all_kinds)
     place.write(seconds(fp32=2.0, bf16=1.0) | {"bf16 native": 1.1})
     assert kernels(config) == [], "torch is faster"
-    assert kernels(config, steps=100) == ["linear", "attention"], "such runs do not measure"
-    assert kernels(config.model_copy(update={"precision": "fp32"})) == ["linear", "attention"]
+    assert kernels(config, steps=100) == all_kinds, "such runs do not measure"
+    assert kernels(config.model_copy(update={"precision": "fp32"})) == all_kinds
     assert kernels(config.model_copy(update={"compile": "off"})) == []
     place.write(seconds(fp32=2.0, bf16=1.0) | {"bf16 native": 0.9})
-    assert kernels(config) == ["linear", "attention"]
-    assert kernels(config.model_copy(update={"grad_checkpointing": True})) == ["linear"]
+    assert kernels(config) == all_kinds
+    assert kernels(config.model_copy(update={"grad_checkpointing": True})) == ["linear", "layer_norm"]
     for facts, options, expected in (
         ({"kernels": ["linear"]}, {"compile": "native"}, ["linear"]),
         ({"kernels": []}, {"compile": "native"}, []),
         ({}, {"compile": "native"}, ["group_norm", "std_conv"]),
-        ({}, {"compile": "off"}, ["linear", "attention"]),
+        ({}, {"compile": "off"}, all_kinds),
     ):
         record = {"verb": "distill", "knobs": options, "facts": {"data": "x"} | facts}
         (tmp_path / "config.json").write_text(json.dumps(record))
         assert kernels(config) == expected
     (tmp_path / "config.json").unlink()
     monkeypatch.setitem(acceleration.AVAILABLE, "linear", lambda: "no oneDNN")
-    assert kernels(config) == ["attention"]
+    assert kernels(config) == ["layer_norm", "attention", "softmax"]
     assert "native CPU kernels unavailable (no oneDNN)" in capsys.readouterr().err
 
 

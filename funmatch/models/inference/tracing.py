@@ -12,7 +12,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # timm's subclasses of these are no leaves by themselves, since they do not belong to torch.
-        is_single = isinstance(m, nn.Conv2d | nn.BatchNorm2d) or type(m).__module__ == GELU.__module__
+        is_single = isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm) or type(m).__module__ == GELU.__module__
         return is_single or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -51,10 +51,15 @@ def followers(
 
 def _next_step(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     """Returns the module that alone reads the output of a step, identities left out; None if there is none."""
-    while len(node.users) == 1:
-        (node,) = node.users
+    while len(readers := _readers(node)) == 1:
+        (node,) = readers
         if node.op != "call_module":
             return None
         if not isinstance(modules[str(node.target)], nn.Identity):
             return node
     return None
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Returns the steps that read the numbers of a step's output, not only its shape."""
+    return [user for user in node.users if not (user.target is getattr and user.args[1:] == ("shape",))]

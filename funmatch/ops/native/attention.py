@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funmatch.ops.native import rows
+from funmatch.ops.native.norms import DTYPES
+
 MAX_SCORES = 1 << 25
 """Scores of a call, at most: with more, the memory that they take costs more than the kernel saves."""
 
@@ -21,14 +24,21 @@ class ProductAttention(TorchFunctionMode):
 
     Whatever else a network computes is left alone, so that any library's attention gains that calls
     `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        native_softmax: compute the softmax by the native kernel, which must be available (`rows`).
     """
+
+    def __init__(self, *, native_softmax: bool = False) -> None:
+        super().__init__()
+        self.native_softmax = native_softmax
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and is_faster_by_products(*args, **kwargs):
-            return attention(*args[:3], scale=kwargs.get("scale"))
+            return attention(*args[:3], scale=kwargs.get("scale"), native_softmax=self.native_softmax)
         return func(*args, **kwargs)
 
 
@@ -46,13 +56,18 @@ def is_faster_by_products(query: Tensor, key: Tensor, *args: Any, **kwargs: Any)
     )
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, *, native_softmax: bool = False
+) -> Tensor:
     """Computes softmax(scale · query keyᵀ) value (Vaswani et al., 2017, eq. 1), differentiable.
 
     Args:
         query: (n, heads, tokens, width).
         key, value: (n, heads, other tokens, width), (n, heads, other tokens, any width).
         scale: None is 1 / √width.
+        native_softmax: as of `ProductAttention`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
+    scores = (query * scale) @ key.transpose(-2, -1)
+    is_native = native_softmax and scores.dtype in DTYPES and scores.is_contiguous() and scores.numel() > 0
+    return (rows.softmax(scores) if is_native else scores.softmax(-1)) @ value

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from funmatch.ops.native import library
+from funmatch.ops.native import library, rows
 from funmatch.ops.native.norms import DTYPES, TOLERANCE
 
 SIZES, STRIDES = (3, 5, 7), (1, 2)
@@ -24,7 +24,7 @@ MIN_CHANNELS = 16
 @cache
 def why_unavailable() -> str:
     """Returns why these kernels are unavailable; an empty string if they are available."""
-    return library.why_unavailable() or ("" if _kernels_are_right() else "the compiled kernels compute wrong values")
+    return rows.why_unavailable() or ("" if _kernels_are_right() else "the compiled kernels compute wrong values")
 
 
 def _kernels_are_right() -> bool:
@@ -103,7 +103,8 @@ class _Depthwise(torch.autograd.Function):
         grad_y = gradients[0].contiguous(memory_format=torch.channels_last)
         grad_x = _input_gradient(grad_y, x, kernel, *ctx.geometry) if ctx.needs_input_grad[0] else None
         grad_weight = _weight_gradient(grad_y, x, kernel, *ctx.geometry) if ctx.needs_input_grad[1] else None
-        grad_bias = grad_y.sum((0, 2, 3), dtype=torch.float32) if ctx.has_bias else None
+        # With channels last, images are rows of them.
+        grad_bias = rows.column_sums(grad_y.permute(0, 2, 3, 1).flatten(0, 2)) if ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, None, None
 
 

@@ -22,8 +22,8 @@ from funmatch.errors import first_line
 from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
 from funmatch.runtime.measured import Measurement
 
-NAMES = ("norms.cpp", "batch_norms.cpp", "depthwise.cpp", "views.cpp", "jpeg.cpp")
-HEADER_NAMES = ("numbers.h", "sums.h", "jpeg_codes.h", "jpeg_header.h", "jpeg_pixels.h")
+NAMES = ("norms.cpp", "batch_norms.cpp", "depthwise.cpp", "rows.cpp", "views.cpp", "jpeg.cpp")
+HEADER_NAMES = ("exponential.h", "numbers.h", "sums.h", "jpeg_codes.h", "jpeg_header.h", "jpeg_pixels.h")
 SOURCES, HEADERS = (tuple(map(Path(__file__).with_name, names)) for names in (NAMES, HEADER_NAMES))
 # Vectors wider than the processor's are no mistake: the compiler cuts them (-Wno-psabi).
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
@@ -62,6 +62,16 @@ class Window(ctypes.Structure):
     ]
 
 
+class RowsShape(ctypes.Structure):
+    """The `Shape` of `rows.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        ("eps", ctypes.c_double),
+        ("threads", ctypes.c_int),
+    ]
+
+
 POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # Without declared types ctypes passes integers as 32 bits, which would cut addresses short.
 SIGNATURES = {
@@ -77,9 +87,17 @@ SIGNATURES = {
             "batch_norm_backward": [*[POINTER] * 9, ctypes.POINTER(BatchShape)],
             "depthwise_input": [*[POINTER] * 3, ctypes.POINTER(Window)],
             "depthwise_weight": [*[POINTER] * 3, ctypes.POINTER(Window)],
+            "softmax": [POINTER, POINTER, ctypes.POINTER(RowsShape)],
+            "column_sums": [POINTER, POINTER, ctypes.POINTER(RowsShape)],
             "standardize": [*[POINTER] * 4, COUNT, COUNT, NUMBER, ctypes.c_int],
             "standardize_backward": [*[POINTER] * 5, COUNT, COUNT, ctypes.c_int],
         }.items()
+    },
+    # By the dtypes of inputs and results.
+    **{
+        f"{name}_{dtypes}": [*[POINTER] * count, ctypes.POINTER(RowsShape)]
+        for dtypes in ("float32_float32", "float32_bfloat16", "bfloat16_bfloat16")
+        for name, count in {"layer_norm": 6, "layer_norm_backward": 8}.items()
     },
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from funmatch.errors import first_line
+from funmatch.ops.native import rows as row_kernels
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Largest difference at which a product of numbers around 1 counts as right, by precision."""
@@ -63,7 +64,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyrefly: ignore[bad-override]  (torch's is untyped)
-        rows, kernel = ctx.saved_tensors
+        inputs, kernel = ctx.saved_tensors
         grad_y = gradients[0].reshape(-1, len(kernel)).to(kernel.dtype).contiguous()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -71,11 +72,16 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # In fp32 as a layer whose weights are the rows; torch's own product is faster in bf16.
             plain = kernel.dtype == torch.bfloat16
-            grad_weight = grad_y.t() @ rows if plain else _product_unpacked(grad_y.t(), rows.t())
+            grad_weight = grad_y.t() @ inputs if plain else _product_unpacked(grad_y.t(), inputs.t())
             grad_weight = grad_weight.to(ctx.dtypes[1])
         if ctx.has_bias:
-            grad_bias = grad_y.sum(0, dtype=torch.float32)
+            sums = _column_sums if row_kernels.why_unavailable() else row_kernels.column_sums
+            grad_bias = sums(grad_y)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.float32)
 
 
 def _product_unpacked(rows: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from funmatch.config import Train
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.frozen import SMALL_NETWORK
-from funmatch.models.inference.native.layers import ATTENTION, AVAILABLE, FROZEN_KINDS, kinds_of
+from funmatch.models.inference.native.layers import ATTENTION, AVAILABLE, FROZEN_KINDS, SOFTMAX, kinds_of
 from funmatch.models.inference.timing import CLEARLY_FASTER
 from funmatch.ops import crops, resample
 from funmatch.runtime import devices, distributed, env
@@ -28,7 +28,8 @@ IMAGES, PIXELS = 16, 16 * 160**2
 NATIVE = "native"
 NAMES = {
     "group_norm": "GroupNorm", "std_conv": "standardised convolutions", "batch_norm": "BatchNorm",
-    "depthwise": "depthwise convolutions", "linear": "linear layers", ATTENTION: "attention",
+    "depthwise": "depthwise convolutions", "linear": "linear layers", "layer_norm": "LayerNorm",
+    ATTENTION: "attention", SOFTMAX: "softmax",
 }  # fmt: skip
 """The kinds of native kernels, for messages."""
 
@@ -114,8 +115,8 @@ def available_kinds(config: Train, student: Classifier) -> tuple[str, ...]:
 
 
 def _goes_with(kind: str, config: Train) -> bool:
-    # What is recomputed in the backward pass would be computed outside the context of this kind.
-    return not (kind == ATTENTION and config.grad_checkpointing)
+    # What is recomputed in the backward pass would be computed outside the context of these kinds.
+    return not (kind in (ATTENTION, SOFTMAX) and config.grad_checkpointing)
 
 
 def crop_kernel(config: Train, split: CachedSplit) -> dict[str, str]:

@@ -4,13 +4,15 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from funmatch.errors import is_out_of_memory
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.native.layers import ATTENTION, use_native_kernels
+from funmatch.models.inference.native.layers import ATTENTION, SOFTMAX, use_native_kernels
+from funmatch.ops.native.attention import ProductAttention
 from funmatch.runtime import devices
 from funmatch.runtime.disk.json_files import Shape
 from funmatch.runtime.measured import Measurement
@@ -27,7 +29,8 @@ def use_kernels(student: Classifier, kinds: Collection[str]) -> None:
     """Lets native kernels of some kinds compute a student."""
     # In training mode only: evaluation computes as whoever loads the student will.
     use_native_kernels(student.net, training_only=True, kinds=kinds)
-    student.product_attention = ATTENTION in kinds
+    if ATTENTION in kinds:
+        student.attention = partial(ProductAttention, native_softmax=SOFTMAX in kinds)
 
 
 def steps_measurement(student: Classifier, side: int, images: int, kinds: Collection[str]) -> Measurement:

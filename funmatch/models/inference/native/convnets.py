@@ -1,4 +1,4 @@
-"""Modules that compute BatchNorm with its activation, depthwise convolutions and linear layers by native kernels.
+"""Modules that compute BatchNorm with its activation and depthwise convolutions by native kernels.
 
 They are the classes of torch and timm with another forward pass; `native.layers` puts them into a network. Inputs that
 the kernels do not support (another layout, another precision) are computed by torch as before.
@@ -13,33 +13,8 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from funmatch.ops.native import batch_norms, depthwise, linear, norms
-
-
-def is_enabled(module: Any) -> bool:
-    """Returns whether a module uses its kernel in the mode that it is in."""
-    return module.training or not module._training_only
-
-
-def is_plain(parameter: Tensor | None) -> bool:
-    """Returns whether the kernels can read a parameter."""
-    return parameter is not None and parameter.dtype == torch.float32 and parameter.is_contiguous()
-
-
-def has_kernel_layout(x: Tensor) -> bool:
-    """Returns whether the kernels can read images: on the CPU, with channels last, in fp32 or bf16."""
-    return (
-        x.ndim == 4
-        and x.dtype in norms.DTYPES
-        and x.device.type == "cpu"
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Returns the precision in which torch computes a layer of these inputs, under autocast or not."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+from funmatch.models.inference.native.inputs import compute_dtype, has_kernel_layout, is_enabled, is_plain
+from funmatch.ops.native import batch_norms, depthwise, norms
 
 
 def _batch_norm(norm: Any, x: Tensor, activation: type[nn.Module] = nn.Identity) -> Tensor | None:
@@ -153,18 +128,6 @@ class NativeDepthwiseConv2dSame(_NativeDepthwise, Conv2dSame):
     """timm's convolution with one filter a channel and TensorFlow's padding."""
 
 
-class NativeLinear(nn.Linear):
-    """torch's linear layer."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
-        dtype = compute_dtype(x)
-        supported = dtype in norms.DTYPES and x.device.type == "cpu" and self.weight.dtype == torch.float32
-        enough = is_enabled(self) and x.numel() >= linear.MIN_ROWS * x.shape[-1]
-        if supported and enough and not linear.why_unavailable(dtype):
-            return linear.linear(x, self.weight, self.bias, dtype)
-        return super().forward(x)
-
-
 def is_depthwise(conv: nn.Conv2d) -> bool:
     """Returns whether a convolution is one that the depthwise kernels have."""
     size, stride, padding = conv.kernel_size, conv.stride, conv.padding
@@ -183,8 +146,3 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 def is_batch_norm(module: nn.Module) -> bool:
     """Returns whether a module is torch's BatchNorm of images."""
     return type(module) is nn.BatchNorm2d
-
-
-def is_wide(layer: nn.Linear) -> bool:
-    """Returns whether a linear layer is large enough for its weights to be laid out in every step."""
-    return min(layer.in_features, layer.out_features) >= linear.MIN_WIDTH

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import GroupNorm as TimmGroupNorm
-from timm.layers import GroupNorm1, GroupNormAct, pad_same
+from timm.layers import GroupNorm1, GroupNormAct, LayerNorm2d, pad_same
+from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, GroupNorm1Act
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
@@ -23,17 +24,20 @@ from funmatch.models.inference.native.convnets import (
     NativeBatchNormAct2d,
     NativeDepthwiseConv2d,
     NativeDepthwiseConv2dSame,
-    NativeLinear,
-    compute_dtype,
-    has_kernel_layout,
     is_batch_norm,
     is_depthwise,
-    is_enabled,
-    is_plain,
+)
+from funmatch.models.inference.native.inputs import compute_dtype, has_kernel_layout, is_enabled, is_plain
+from funmatch.models.inference.native.transformers import (
+    NativeLayerNorm,
+    NativeLayerNorm2d,
+    NativeLinear,
+    NativeTimmLayerNorm,
+    is_row_norm,
     is_wide,
 )
 from funmatch.models.inference.tracing import followers
-from funmatch.ops.native import batch_norms, depthwise, linear, norms
+from funmatch.ops.native import batch_norms, depthwise, linear, norms, rows
 
 PRECISIONS = ("fp32", "bf16")
 # An image is normalized by one thread, so small batches leave threads idle. It pays nevertheless down to a quarter of
@@ -143,20 +147,31 @@ NATIVE_CLASSES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "batch_norm": {nn.BatchNorm2d: NativeBatchNorm2d, BatchNormAct2d: NativeBatchNormAct2d},
     "depthwise": {nn.Conv2d: NativeDepthwiseConv2d, Conv2dSame: NativeDepthwiseConv2dSame},
     "linear": {nn.Linear: NativeLinear},
+    "layer_norm": {
+        nn.LayerNorm: NativeLayerNorm,
+        TimmLayerNorm: NativeTimmLayerNorm,
+        LayerNorm2d: NativeLayerNorm2d,
+    },
 }
 """For each kind of kernel, the classes of torch and timm that it supports, and for each the class that uses it."""
-CONDITIONS: dict[str, Callable[[Any], bool]] = {"depthwise": is_depthwise, "linear": is_wide}
+CONDITIONS: dict[str, Callable[[Any], bool]] = {
+    "depthwise": is_depthwise,
+    "linear": is_wide,
+    "layer_norm": is_row_norm,
+}
 """What a module must be besides, where its class alone does not decide."""
 FROZEN_KINDS = ("group_norm", "std_conv")
 """Kernels that compute forward passes alone faster, and all that there were in runs that did not record theirs."""
-ATTENTION = "attention"
-"""The kind that changes no module (`ops.native.attention`)."""
+ATTENTION, SOFTMAX = "attention", "softmax"
+"""The kinds that change no module (`ops.native.attention`): its products, and the softmax between them."""
 AVAILABLE: dict[str, Callable[[], str]] = {
     **dict.fromkeys(FROZEN_KINDS, lambda: norms.why_unavailable()),
     "batch_norm": lambda: batch_norms.why_unavailable(),
     "depthwise": lambda: depthwise.why_unavailable(),
     "linear": lambda: linear.why_unavailable(),
+    "layer_norm": lambda: rows.why_unavailable(),
     ATTENTION: lambda: "",
+    SOFTMAX: lambda: rows.why_unavailable(),
 }
 """For each kind a function that returns why it is unavailable here, or nothing."""
 
@@ -168,7 +183,7 @@ def kinds_of(net: nn.Module) -> tuple[str, ...]:
     if found["linear"] == 1:
         del found["linear"]
     if any("attention" in type(module).__name__.lower() for module in net.modules()):
-        found[ATTENTION] += 1
+        found.update((ATTENTION, SOFTMAX))
     return tuple(kind for kind in AVAILABLE if kind in found)
 
 
@@ -200,6 +215,9 @@ def use_native_kernels(net: nn.Module, *, training_only: bool, kinds: Collection
     """
     # Found before the classes change, which a trace would not know.
     activations = followers(net, is_batch_norm, lambda module: type(module) in SKIPPED) if "batch_norm" in kinds else {}
+    rounding = (
+        followers(net, _is_layer_norm, lambda module: isinstance(module, nn.Linear)) if "layer_norm" in kinds else {}
+    )
     for name, module in net.named_modules():
         kind = _kind_of(module)
         if kind is None or kind not in kinds:
@@ -211,7 +229,13 @@ def use_native_kernels(net: nn.Module, *, training_only: bool, kinds: Collection
         vars(module)["_training_only"] = training_only
         if type(module) is NativeBatchNorm2d:
             vars(module)["_activation"] = _skipping(net, activations.get(name))
+        if isinstance(module, nn.LayerNorm):
+            vars(module)["_rounded"] = name in rounding
     return net
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return type(module) in NATIVE_CLASSES["layer_norm"]
 
 
 def _skipping(net: nn.Module, name: str | None) -> nn.Module | None:
