@@ -33,11 +33,13 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.data.loader import Batch
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.inference.modes import InferenceMode
+from funmatch.models.inference.native.layers import kinds_of
 from funmatch.models.load import load
 from funmatch.ops.distances import kl
 from funmatch.ops.optim.factory import create_optimizer
 from funmatch.runtime import devices
 from funmatch.training.loop import LoopOptions, fit
+from funmatch.training.student.step_times import use_kernels
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -81,20 +83,35 @@ def parts(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], objec
     """The work of a teacher and of a student in a step, on a prepared batch."""
     device = devices.pick_device(options.device)
     teacher = Frozen(load(options.teacher, weights=folder / "teacher.pt"), InferenceMode()).to(device)
-    student = load(options.student, classes=teacher.classifier.num_classes).to(device)
+    batch = prepared_batch(options)
+    return lambda: teacher(batch).sum().item(), student_step(options, teacher.classifier.num_classes)
+
+
+def prepared_batch(options: argparse.Namespace) -> torch.Tensor:
+    device = devices.pick_device(options.device)
     batch = torch.rand(options.batch, 3, options.side, options.side, device=device)
-    batch = batch.contiguous(memory_format=torch.channels_last)
-    options_of_loop = LoopOptions(10**6, 1e-3, lambda _step: 1.0, 1.0, 0, device, "fp32")
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def student_step(
+    options: argparse.Namespace, classes: int, precision: str = "fp32", *, native: bool = False
+) -> Callable[[], object]:
+    """A student's step on a prepared batch, in a precision and with all native kernels that it can use, or none."""
+    device, batch = devices.pick_device(options.device), prepared_batch(options)
+    student = load(options.student, classes=classes).to(device)
+    if native:
+        use_kernels(student, kinds_of(student.net))
+    options_of_loop = LoopOptions(10**6, 1e-3, lambda _step: 1.0, 1.0, 0, device, precision)
     labels = torch.zeros(options.batch + 1, dtype=torch.long)
     ready = repeat(Batch(torch.cat([batch[:1], batch]), labels, 1.0))
     truth = torch.randn(options.batch, student.num_classes, device=device)
-    optimizer, scaler = create_optimizer("adamw", student.net, 1e-3, 1e-4), devices.loss_scaler(device, "fp32")
+    optimizer = create_optimizer("adamw", student.net, 1e-3, 1e-4)
 
     def loss_of(one: Batch) -> dict[str, torch.Tensor]:
         return {"loss": kl(student(one.crops[1:]), truth).mean()}
 
-    steps = fit(options_of_loop, student, optimizer, scaler, ready, loss_of)
-    return lambda: teacher(batch).sum().item(), lambda: next(steps)[1]["loss"].item()
+    steps = fit(options_of_loop, student, optimizer, devices.loss_scaler(device, precision), ready, loss_of)
+    return lambda: next(steps)[1]["loss"].item()
 
 
 def flops_of(work: Callable[[], object]) -> float:

@@ -3,8 +3,9 @@
     python benchmarks/tape.py [--rounds 5] [--steps 8] [--precision fp32] [--compile off] [--teacher …] [--student …]
 
 Each round has a run with a live teacher (recording nothing), a run that replays a tape, and the student alone on a
-prepared batch. There are two ideals: by arithmetic (the teacher's share of a step's FLOPs), and by time (a replayed
-step that costs as much as the student alone). They differ, since networks use a machine differently.
+prepared batch, in the same precision and with the same kernels. There are two ideals: by arithmetic (the teacher's
+share of a step's FLOPs), and by time (a replayed step that costs as much as the student alone). They differ, since
+networks use a machine differently.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import timm
 import torch
-from strategies import flops_of, parts, seconds_a_step, seconds_of  # pyrefly: ignore[missing-import]
+from strategies import flops_of, parts, seconds_a_step, seconds_of, student_step  # pyrefly: ignore[missing-import]
 from versus_timm import make_images, network  # pyrefly: ignore[missing-import]
 
 import funmatch
@@ -50,15 +51,16 @@ def main() -> None:
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
         make_images(folder / "images", 128)
         torch.save(network(options.teacher, 0).state_dict(), folder / "teacher.pt")
-        teacher_pass, student_step = parts(folder, options)
-        flops = flops_of(teacher_pass), flops_of(student_step)
+        flops = tuple(map(flops_of, parts(folder, options)))
+        classes = network(options.teacher, 0).num_classes
+        by_itself = student_step(options, classes, options.precision, native=options.compile == "native")
         distil(folder, "recorded", options, tape=folder / "tape")
         live, replayed, alone = [], [], []
         for number in range(options.rounds):
             live.append(seconds_a_step(distil(folder, f"live-{number}", options), options.batch))
             tape = distil(folder, f"replayed-{number}", options, tape=folder / "tape")
             replayed.append(seconds_a_step(tape, options.batch))
-            alone.append(seconds_of(student_step, options.steps))
+            alone.append(seconds_of(by_itself, options.steps))
         size = sum(path.stat().st_size for path in (folder / "tape").iterdir())
     ideal = sum(flops) / flops[1]
     ratios = [a / b for a, b in zip(live, replayed, strict=True)]
