@@ -23,8 +23,8 @@ struct Shape {
 // The activations, in the order of `batch_norms.ACTIVATIONS`, and their derivatives as torch takes them.
 enum { NONE, RELU, RELU6, HARDSWISH, SILU };
 
-template <int ACTIVATION>
-inline float activate(float x) {
+template <int ACTIVATION, typename F>
+inline F activate(F x) {
     if (ACTIVATION == RELU) return x > 0 ? x : x * 0.0f;  // `x * 0` instead of 0 lets NaN through
     if (ACTIVATION == RELU6) return x > 0 ? (x < 6 ? x : 6 + (x - x)) : x * 0.0f;
     if (ACTIVATION == HARDSWISH) return x > -3 ? (x < 3 ? x * (x + 3) * (1.0f / 6) : x) : x * 0.0f;
@@ -32,16 +32,17 @@ inline float activate(float x) {
     return x;
 }
 
-template <int ACTIVATION>
-inline float slope(float x) {
-    if (ACTIVATION == RELU) return x > 0 ? 1.0f : 0.0f;
-    if (ACTIVATION == RELU6) return x > 0 && x < 6 ? 1.0f : 0.0f;
-    if (ACTIVATION == HARDSWISH) return x > -3 ? (x < 3 ? x * (1.0f / 3) + 0.5f : 1.0f) : 0.0f;
+template <int ACTIVATION, typename F>
+inline F slope(F x) {
+    const F zero = {}, one = zero + 1;
+    if (ACTIVATION == RELU) return x > 0 ? one : zero;
+    if (ACTIVATION == RELU6) return x > 0 ? (x < 6 ? one : zero) : zero;
+    if (ACTIVATION == HARDSWISH) return x > -3 ? (x < 3 ? x * (1.0f / 3) + 0.5f : one) : zero;
     if (ACTIVATION == SILU) {
-        const float sigmoid = 1 / (1 + exponential(-x));
+        const F sigmoid = 1 / (1 + exponential(-x));
         return sigmoid * (1 + x * (1 - sigmoid));
     }
-    return 1.0f;
+    return one;
 }
 
 // y = activation((x − mean) / deviation · weight + bias), with mean and deviation over all images. Writes both for the
@@ -66,14 +67,14 @@ void batch_norm(const T* x, T* y, float* mean, float* inverse, float* running_me
         for (int64_t image = 0; image < images; ++image) {
             const T* from = x + image * pixels * channels;
             sum_image(&totals[2 * channels * image], sums.data(), pixels, channels,
-                      [&](int64_t pixel, float* __restrict sum, float* __restrict square) {
-                          const T* __restrict row = from + pixel * channels;
-#pragma omp simd
-                          for (int64_t c = 0; c < channels; ++c) {
-                              const float value = read(row + c) - first[c];
-                              sum[c] += value;
-                              square[c] += value * value;
-                          }
+                      [&](int64_t pixel, float* sum, float* square) {
+                          const T* row = from + pixel * channels;
+                          over_row(channels, [&](int64_t c, auto kind) {
+                              using F = decltype(kind);
+                              const F value = loaded<F>(row + c) - loaded<F>(first + c);
+                              store(sum + c, loaded<F>(sum + c) + value);
+                              store(square + c, loaded<F>(square + c) + value * value);
+                          });
                       });
         }
 #pragma omp for schedule(static)
@@ -92,10 +93,12 @@ void batch_norm(const T* x, T* y, float* mean, float* inverse, float* running_me
         }
 #pragma omp for schedule(static)
         for (int64_t pixel = 0; pixel < images * pixels; ++pixel) {
-            const T* __restrict row = x + pixel * channels;
-            T* __restrict to = y + pixel * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; ++c) write(to + c, activate<ACTIVATION>(read(row + c) * scale[c] + shift[c]));
+            const T* row = x + pixel * channels;
+            T* to = y + pixel * channels;
+            over_row(channels, [&](int64_t c, auto kind) {
+                using F = decltype(kind);
+                store(to + c, activate<ACTIVATION>(loaded<F>(row + c) * loaded<F>(scale + c) + loaded<F>(shift + c)));
+            });
         }
     }
 }
@@ -126,17 +129,16 @@ void batch_norm_backward(const T* dy, const T* x, T* dx, float* dweight, float* 
             const T* from = x + image * pixels * channels;
             const T* given = dy + image * pixels * channels;
             sum_image(&totals[2 * channels * image], sums.data(), pixels, channels,
-                      [&](int64_t pixel, float* __restrict d_sum, float* __restrict dz_sum) {
-                          const T* __restrict row = from + pixel * channels;
-                          const T* __restrict given_row = given + pixel * channels;
-#pragma omp simd
-                          for (int64_t c = 0; c < channels; ++c) {
+                      [&](int64_t pixel, float* d_sum, float* dz_sum) {
+                          const T *row = from + pixel * channels, *given_row = given + pixel * channels;
+                          over_row(channels, [&](int64_t c, auto kind) {
+                              using F = decltype(kind);
                               // The activation's slope is computed anew from x: memory costs more than the arithmetic.
-                              const float value = read(row + c);
-                              const float d = read(given_row + c) * slope<ACTIVATION>(value * scale[c] + shift[c]);
-                              d_sum[c] += d;
-                              dz_sum[c] += d * (value - mean[c]);
-                          }
+                              const F value = loaded<F>(row + c), y = value * loaded<F>(scale + c) + loaded<F>(shift + c);
+                              const F d = loaded<F>(given_row + c) * slope<ACTIVATION>(y);
+                              store(d_sum + c, loaded<F>(d_sum + c) + d);
+                              store(dz_sum + c, loaded<F>(dz_sum + c) + d * (value - loaded<F>(mean + c)));
+                          });
                       });
         }
 #pragma omp for schedule(static)
@@ -152,15 +154,14 @@ void batch_norm_backward(const T* dy, const T* x, T* dx, float* dweight, float* 
         }
 #pragma omp for schedule(static)
         for (int64_t pixel = 0; pixel < images * pixels; ++pixel) {
-            const T* __restrict row = x + pixel * channels;
-            const T* __restrict given_row = dy + pixel * channels;
-            T* __restrict to = dx + pixel * channels;
-#pragma omp simd
-            for (int64_t c = 0; c < channels; ++c) {
-                const float value = read(row + c);
-                const float d = read(given_row + c) * slope<ACTIVATION>(value * scale[c] + shift[c]);
-                write(to + c, d * scale[c] + value * factor[c] + constant[c]);
-            }
+            const T *row = x + pixel * channels, *given_row = dy + pixel * channels;
+            T* to = dx + pixel * channels;
+            over_row(channels, [&](int64_t c, auto kind) {
+                using F = decltype(kind);
+                const F value = loaded<F>(row + c), times = loaded<F>(scale + c);
+                const F d = loaded<F>(given_row + c) * slope<ACTIVATION>(value * times + loaded<F>(shift + c));
+                store(to + c, d * times + value * loaded<F>(factor + c) + loaded<F>(constant + c));
+            });
         }
     }
 }

@@ -23,6 +23,9 @@ struct Shape {
 // Rows that are summed in float32; the sums of blocks are summed in float64.
 constexpr int64_t BLOCK = 128;
 
+inline void keep_larger(Floats& lanes, float&, const Floats& value) { lanes = value > lanes ? value : lanes; }
+inline void keep_larger(Floats&, float& largest, float value) { largest = value > largest ? value : largest; }
+
 int64_t blocks_of(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
 
 // y = softmax(x); `y` may be `x`.
@@ -32,25 +35,27 @@ void softmax(const T* x, T* y, const Shape& shape) {
 #pragma omp parallel num_threads(shape.threads)
     {
         std::vector<float> line(width);
-        float* __restrict values = line.data();
+        float* values = line.data();
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < shape.rows; ++row) {
             const T* from = x + row * width;
             T* to = y + row * width;
-            float largest = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : largest)
-            for (int64_t i = 0; i < width; ++i) {
-                values[i] = read(from + i);
-                largest = values[i] > largest ? values[i] : largest;
-            }
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < width; ++i) {
-                values[i] = exponential(values[i] - largest);
-                sum += values[i];
-            }
-            const float factor = 1 / sum;
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i) write(to + i, values[i] * factor);
+            Floats lanes = Floats{} - INFINITY;
+            float largest = -INFINITY;
+            over_row(width, [&](int64_t i, auto kind) {
+                const auto value = loaded<decltype(kind)>(from + i);
+                store(values + i, value);
+                keep_larger(lanes, largest, value);
+            });
+            for (int64_t i = 0; i < LANES; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+            RowSum sum;
+            over_row(width, [&](int64_t i, auto kind) {
+                const auto power = exponential(loaded<decltype(kind)>(values + i) - largest);
+                store(values + i, power);
+                sum.add(power);
+            });
+            const float factor = 1 / sum.total();
+            over_row(width, [&](int64_t i, auto kind) { store(to + i, loaded<decltype(kind)>(values + i) * factor); });
         }
     }
 }
@@ -62,25 +67,29 @@ void layer_norm(const X* x, Y* y, float* means, float* inverses, const float* we
 #pragma omp parallel num_threads(shape.threads)
     {
         std::vector<float> line(width);
-        float* __restrict values = line.data();
+        float* values = line.data();
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < shape.rows; ++row) {
             const X* from = x + row * width;
             Y* to = y + row * width;
-            float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < width; ++i) sum += values[i] = read(from + i);
-            const float mean = sum / width;
-#pragma omp simd reduction(+ : squares)
-            for (int64_t i = 0; i < width; ++i) {
-                values[i] -= mean;
-                squares += values[i] * values[i];
-            }
-            const float inverse = 1 / std::sqrt(squares / width + static_cast<float>(shape.eps));
+            RowSum sum, squares;
+            over_row(width, [&](int64_t i, auto kind) {
+                const auto value = loaded<decltype(kind)>(from + i);
+                store(values + i, value);
+                sum.add(value);
+            });
+            const float mean = sum.total() / width;
+            over_row(width, [&](int64_t i, auto kind) {
+                const auto value = loaded<decltype(kind)>(values + i) - mean;
+                squares.add(value * value);
+            });
+            const float inverse = 1 / std::sqrt(squares.total() / width + static_cast<float>(shape.eps));
             means[row] = mean;
             inverses[row] = inverse;
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i) write(to + i, values[i] * inverse * weight[i] + bias[i]);
+            over_row(width, [&](int64_t i, auto kind) {
+                using F = decltype(kind);
+                store(to + i, (loaded<F>(values + i) - mean) * inverse * loaded<F>(weight + i) + loaded<F>(bias + i));
+            });
         }
     }
 }
@@ -95,30 +104,32 @@ void layer_norm_backward(const Y* dy, const X* x, X* dx, float* dweight, float* 
 #pragma omp parallel num_threads(shape.threads)
     {
         std::vector<float> lines(2 * width);
-        float *__restrict normal = lines.data(), *__restrict d = normal + width;  // d: dy · weight
+        float *normal = lines.data(), *weighted = normal + width;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
-            float* __restrict to_weight = &sums[2 * width * block];
-            float* __restrict to_bias = to_weight + width;
+            float *to_weight = &sums[2 * width * block], *to_bias = to_weight + width;
             for (int64_t row = block * BLOCK; row < std::min(shape.rows, (block + 1) * BLOCK); ++row) {
-                const X* __restrict from = x + row * width;
-                const Y* __restrict given = dy + row * width;
-                X* __restrict to = dx + row * width;
+                const X* from = x + row * width;
+                const Y* given = dy + row * width;
+                X* to = dx + row * width;
                 const float mean = means[row], inverse = inverses[row];
-                float d_sum = 0, dz_sum = 0;
-#pragma omp simd reduction(+ : d_sum, dz_sum)
-                for (int64_t i = 0; i < width; ++i) {
-                    const float value = read(given + i);
-                    normal[i] = (read(from + i) - mean) * inverse;
-                    to_weight[i] += value * normal[i];
-                    to_bias[i] += value;
-                    d[i] = value * weight[i];
-                    d_sum += d[i];
-                    dz_sum += d[i] * normal[i];
-                }
-                const float constant = d_sum / width, factor = dz_sum / width;
-#pragma omp simd
-                for (int64_t i = 0; i < width; ++i) write(to + i, (d[i] - constant - normal[i] * factor) * inverse);
+                RowSum d_sum, dz_sum;
+                over_row(width, [&](int64_t i, auto kind) {
+                    using F = decltype(kind);
+                    const F value = loaded<F>(given + i), z = (loaded<F>(from + i) - mean) * inverse;
+                    const F d = value * loaded<F>(weight + i);
+                    store(to_weight + i, loaded<F>(to_weight + i) + value * z);
+                    store(to_bias + i, loaded<F>(to_bias + i) + value);
+                    store(normal + i, z);
+                    store(weighted + i, d);
+                    d_sum.add(d);
+                    dz_sum.add(d * z);
+                });
+                const float constant = d_sum.total() / width, factor = dz_sum.total() / width;
+                over_row(width, [&](int64_t i, auto kind) {
+                    using F = decltype(kind);
+                    store(to + i, (loaded<F>(weighted + i) - constant - loaded<F>(normal + i) * factor) * inverse);
+                });
             }
         }
 #pragma omp for schedule(static)
@@ -143,11 +154,13 @@ void column_sums(const T* x, float* totals, const Shape& shape) {
     {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
-            float* __restrict to = &sums[width * block];
+            float* to = &sums[width * block];
             for (int64_t row = block * BLOCK; row < std::min(shape.rows, (block + 1) * BLOCK); ++row) {
-                const T* __restrict from = x + row * width;
-#pragma omp simd
-                for (int64_t i = 0; i < width; ++i) to[i] += read(from + i);
+                const T* from = x + row * width;
+                over_row(width, [&](int64_t i, auto kind) {
+                    using F = decltype(kind);
+                    store(to + i, loaded<F>(to + i) + loaded<F>(from + i));
+                });
             }
         }
 #pragma omp for schedule(static)
