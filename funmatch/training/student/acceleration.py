@@ -20,7 +20,7 @@ from funmatch.training.student.compilation import compile_student
 from funmatch.training.student.step_times import STEP_SHAPE, known_step_seconds, steps_measurement, use_kernels
 
 MEASURED_FROM = 100
-"""Length of a run, in steps, from which measuring the faster arithmetic pays off: it takes as long as some six steps."""
+"""Length of a run, in steps, from which measuring the faster arithmetic pays off, which takes as long as six steps."""
 COMPILED_FROM = 2000
 """Length of a run, in steps, from which a minute or two of compilation pay off."""
 IMAGES, PIXELS = 16, 16 * 160**2
