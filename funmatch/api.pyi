@@ -210,9 +210,26 @@ class TrainOptions(ImagesOptions, total=False):
     """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
     antialias: bilinear with antialias. bicubic: with antialias, too. area: the mean of each pixel's area. (default:
     tf)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures;
-    with area, the paper's code. (default: antialias)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized for evaluation. With antialias (bilinear), bicubic, nearest, lanczos, box and hamming,
+    timm's own transform gives the same figures; with area, the paper's code; with torchvision's own filters, that of
+    transformers. (default: antialias)"""
     mixup: float | None
     """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off. (default: 1)"""
     mixup_mode: Literal["batch", "image"]
@@ -553,9 +570,25 @@ class EvaluateOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code. (default: the run's or the model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int
@@ -643,9 +676,25 @@ class HeadOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code. (default: the run's or the model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int
@@ -703,9 +752,25 @@ class ExportOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code. (default: the run's or the model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int
@@ -797,9 +862,25 @@ class BenchmarkOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code. (default: the run's or the model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int
@@ -891,9 +972,25 @@ class EmbedOptions(TypedDict, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code. (default: the run's or the model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int
@@ -955,9 +1052,25 @@ class PredictOptions(TypedDict, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code. (default: the run's or the model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int
@@ -1036,9 +1149,25 @@ class SelectOptions(TypedDict, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
+    eval_resample: (
+        Literal[
+            "antialias",
+            "bicubic",
+            "area",
+            "tf",
+            "nearest",
+            "lanczos",
+            "box",
+            "hamming",
+            "torchvision-nearest",
+            "torchvision-bilinear",
+            "torchvision-bicubic",
+            "torchvision-lanczos",
+        ]
+        | None
+    )
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code. (default: the run's or the model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int

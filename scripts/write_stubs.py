@@ -273,7 +273,11 @@ def literal(start: str, kind: str) -> str:
         return start + kind
     choices, rest = kind.removeprefix("Literal[").split("]")
     if rest:
-        return f"{start}(\n        Literal[{choices}]\n        {rest.strip()}\n    )"
+        inside = f"        Literal[{choices}]"
+        if len(inside) > WIDTH:
+            each_line = "".join(f"            {each},\n" for each in choices.split(", "))
+            inside = f"        Literal[\n{each_line}        ]"
+        return f"{start}(\n{inside}\n        {rest.strip()}\n    )"
     inside = ", ".join(choices.split(", "))
     if len(inside) + 8 <= WIDTH:
         return f"{start}Literal[\n        {inside}\n    ]{rest}"

@@ -16,6 +16,11 @@ antialias, by the mean of each pixel's area (as the paper's code evaluates), or 
 (`tf.image.resize`, as it trains)."""
 CROP_RATIO = (3 / 4, 4 / 3)
 """Bounds of width / height of Inception crops, in runs and tapes that do not say them."""
+EvalResample = Literal[
+    Resample, "nearest", "lanczos", "box", "hamming", "torchvision-nearest", "torchvision-bilinear",
+    "torchvision-bicubic", "torchvision-lanczos",
+]  # fmt: skip
+"""How images are resized for evaluation: also by other filters of Pillow's, and by torchvision's own code."""
 RESAMPLED_BEFORE: Resample = "tf"
 """How images were resized by runs, tapes and students that do not say it: there was no choice yet."""
 Fit = Literal["squash", "keep"]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, Crop, Resample
+from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, Crop, EvalResample, Resample
 from funmatch.config.metadata import Changes, Group, Inherit, Opt
 from funmatch.config.options import Options
 from funmatch.runtime.functions import is_function_name
@@ -55,11 +55,12 @@ class Views(Options):
     """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
     antialias: bilinear with antialias. bicubic: with antialias, too. area: the mean of each pixel's area."""
     eval_resample: Annotated[
-        Resample | None,
+        EvalResample | None,
         Opt(group=Group.VIEWS, changes=VIEWS, inherit=Inherit.ALWAYS, usual=EVAL_RESAMPLE, before=RESAMPLED_BEFORE),
     ] = None
-    """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures;
-    with area, the paper's code."""
+    """How images are resized for evaluation. With antialias (bilinear), bicubic, nearest, lanczos, box and hamming,
+    timm's own transform gives the same figures; with area, the paper's code; with torchvision's own filters, that of
+    transformers."""
     # None, not 1: a strategy or BiT-HyperRule has a default of its own.
     mixup: Annotated[
         float | None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funmatch.config.choices import Resample, TaskName
+from funmatch.config.choices import EvalResample, TaskName
 from funmatch.errors import InputError, first_line
 from funmatch.models.inference.outputs import logits_of
 
@@ -46,7 +46,7 @@ class Card:
     top1: float | None = None
     squash: bool = False
     side_known: bool = True
-    resample: Resample = "antialias"
+    resample: EvalResample = "antialias"
     floor: bool = False
     task: TaskName | None = None
 

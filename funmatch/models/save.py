@@ -16,6 +16,7 @@ from funmatch.models.classifier import Card, Classifier, timm_config, to_memory_
 from funmatch.models.names import GIVEN
 from funmatch.models.transformers.network import TransformersNet
 from funmatch.models.transformers.save import save_transformers
+from funmatch.ops.resizing.libraries import filter_of
 from funmatch.runtime.disk.json_files import read_json
 
 # Entries of timm's configuration that describe the architecture's published weights, and would be wrong for ours.
@@ -104,8 +105,8 @@ def _write_config(
         "input_size": [len(card.mean), card.side, card.side],
         "crop_pct": card.crop_fraction,
         "crop_mode": "squash" if card.squash else "center",
-        # timm's transform always resizes with antialias; `funmatch.eval_resample` says where the run did not.
-        "interpolation": "bicubic" if card.resample == "bicubic" else "bilinear",
+        # timm's transform always resizes by Pillow; `funmatch.eval_resample` says where the run did not.
+        "interpolation": filter_of(card.resample),
         "mean": list(card.mean),
         "std": list(card.std),
     }

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from funmatch.config.choices import Resample, TaskName
+from funmatch.config.choices import EvalResample, TaskName
 from funmatch.data.labels import MAX_CLASSES
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.checkpoints.fitting import Wanted
 from funmatch.models.classifier import Card, Classifier, timm_config
 from funmatch.models.weights import is_fillable
+from funmatch.ops.resizing.libraries import FROM_FILTER
 
 DRAWS = {Tensor.normal_, Tensor.uniform_}
 """Methods that fill a tensor with random numbers, of which others are computed."""
@@ -190,13 +191,13 @@ def card_of(name: str, net: nn.Module, overrides: dict[str, Any]) -> Card:
         names, side, fraction = cfg.get("label_names"), cfg["input_size"][-1], cfg.get("crop_pct") or 1.0
         classes = tuple(map(str, names)) if names else None
         card = Card(name, side, fraction, mean, std, classes, cfg.get("top1"))
-        resample = cfg.get("resample") or ("bicubic" if cfg.get("interpolation") == "bicubic" else "antialias")
+        resample = cfg.get("resample") or FROM_FILTER.get(str(cfg.get("interpolation")), "antialias")
         card = replace(card, squash=cfg.get("crop_mode") == "squash", resample=resample, floor=bool(cfg.get("floor")))
         card = replace(card, task=cfg.get("task"))
         top1 = 0.0 if card.top1 is None else card.top1
         count = vars(net).get("num_classes") or len(classes or ())
         valid = LEAST_FRACTION <= fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
-        valid = valid and resample in get_args(Resample) and card.task in (None, *get_args(TaskName))
+        valid = valid and resample in get_args(EvalResample) and card.task in (None, *get_args(TaskName))
         valid = valid and isinstance(side, int) and 1 <= side <= LARGEST_SIDE and all(map(math.isfinite, mean + std))
         if valid and len(mean) == channels and (classes is None or len(classes) == count):
             return card

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funmatch.config.choices import Resample
+from funmatch.config.choices import EvalResample, Resample
 from funmatch.ops import grids, resample
+from funmatch.ops.resizing import libraries
 
 MAX_BATCHED_PIXELS = 64 * 64
 """Images of one size up to this many pixels are resampled together: below it, calls cost more than arithmetic."""
@@ -162,7 +163,7 @@ def _neighbours(start: float, length: float, size: int, side: int) -> tuple[Tens
 
 
 def central_view(
-    image: Tensor, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf", floor: bool = False
+    image: Tensor, short_side: int, side: int, *, squash: bool = False, method: EvalResample = "tf", floor: bool = False
 ) -> Tensor:
     """Makes the evaluation view of an image: its short side resized, then a central square.
 
@@ -171,16 +172,22 @@ def central_view(
         short_side: short side of the resized image, pixels, at least `side`.
         side: of the view, pixels.
         squash: resize both sides to `short_side`, without regard to the image's aspect.
-        method: how the image is resized. With antialias, the view is that of timm's evaluation transform.
+        method: how the image is resized. With a filter of Pillow's, the view is that of timm's evaluation
+            transform.
         floor: whether half a pixel at the square's corner is rounded down, as by transformers.
 
     Returns:
         (3, side, side) float32 in [0, 1].
     """
-    if method != "tf" or _use_kernel([image]):
-        sizes = np.array([image.shape[:2]]).T
+    sizes = np.array([image.shape[:2]]).T
+    own = libraries.OWN.get(method)
+    if own is None:
+        found = grids.central_squares(sizes, short_side, side, squash=squash, method=method, floor=floor)
+        (height, width), (top, left) = (map(int, each[0]) for each in found)
+        return libraries.central(image, (height, width), (top, left), side, method)
+    if own != "tf" or _use_kernel([image]):
         box = grids.central_boxes(sizes, short_side, side, squash=squash, method=method, floor=floor)
-        return crop_of_resized_flip([image], box, np.array([False]), side, method=method)[0]
+        return crop_of_resized_flip([image], box, np.array([False]), side, method=own)[0]
     height, width = image.shape[:2]
     if squash:
         corner = (short_side - side) // 2

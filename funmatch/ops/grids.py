@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from funmatch.config.choices import Resample
+from funmatch.config.choices import EvalResample, Resample
 
 Sizes = tuple[np.ndarray, np.ndarray] | np.ndarray
 """Heights and widths of n images in pixels: two arrays of (n,), or one of (2, n)."""
@@ -84,10 +84,10 @@ def resize_then_crop(starts: np.ndarray, sizes: Sizes, boxes: np.ndarray, side: 
     return _grid(starts, sizes, corner, boxes[:, :2] - corner, boxes[:, 2:], -corner, ends, side)
 
 
-def central_boxes(
-    sizes: Sizes, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf", floor: bool = False
-) -> np.ndarray:
-    """Returns the boxes of the evaluation views: the short side resized, then a central square.
+def central_squares(
+    sizes: Sizes, short_side: int, side: int, *, squash: bool = False, method: EvalResample = "tf", floor: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the squares of the evaluation views: the short side resized, then a central square.
 
     Args:
         sizes: heights and widths of the images, (n,) each.
@@ -98,7 +98,7 @@ def central_boxes(
         floor: whether half a pixel at the square's corner is rounded down, as by transformers.
 
     Returns:
-        (n, 4) pixels of the images, fractional: top, left, height, width.
+        heights and widths of the resized images, and top and left of the squares in them, (n, 2) whole numbers each.
     """
     original = np.stack([*sizes], 1).astype(np.float64)
     shortest = original.min(1)[:, None]
@@ -112,12 +112,22 @@ def central_boxes(
         resized = np.floor(short_side * original / shortest)
     # torchvision's CenterCrop rounds halves to even.
     corner = (resized - side) // 2 if floor or method in TENSORFLOW else np.rint((resized - side) / 2)
-    scale = original / resized
+    return resized, corner
+
+
+def central_boxes(sizes: Sizes, short_side: int, side: int, **how: Any) -> np.ndarray:
+    """Returns the boxes of the evaluation views in the images; arguments as of `central_squares`.
+
+    Returns:
+        (n, 4) pixels of the images, fractional: top, left, height, width.
+    """
+    resized, corner = central_squares(sizes, short_side, side, **how)
+    scale = np.stack([*sizes], 1).astype(np.float64) / resized
     return np.concatenate([corner * scale, side * scale], 1)
 
 
 def central_grid(starts: np.ndarray, sizes: Sizes, short_side: int, side: int, **how: Any) -> SamplingGrid:
-    """Describes the evaluation views, as of `crops.central_view`; arguments as of `central_boxes`."""
+    """Describes the evaluation views, as of `crops.central_view`; arguments as of `central_squares`."""
     return resize_then_crop(starts, sizes, central_boxes(sizes, short_side, side, **how), side)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, Resample
+from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, EvalResample, Resample
 from funmatch.ops.crops import central_view
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.sampling import SAMPLING_VERSION
@@ -46,7 +46,7 @@ class Preprocessing:
     side: int
     short_side: int
     squash: bool = False
-    resample: Resample = "tf"
+    resample: EvalResample = "tf"
     floor: bool = False
 
     def view(self, image: Tensor) -> Tensor:
@@ -59,9 +59,9 @@ class Preprocessing:
         return {"squash": self.squash, "method": self.resample, "floor": self.floor}
 
     def __str__(self) -> str:
-        names = {"tf": "bilinear without antialias", "antialias": "bilinear", "bicubic": "bicubic", "area": "by area"}
+        names = {"tf": "bilinear without antialias", "antialias": "bilinear", "area": "by area"}
         what = "both sides" if self.squash else "the short side"
-        how = names[self.resample]
+        how = names.get(self.resample, self.resample)
         return f"{what} resized to {self.short_side} pixels ({how}), then the central {self.side} × {self.side}"
 
 

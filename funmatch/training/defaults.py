@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from funmatch.config import Distill, Finetune, Train
-from funmatch.config.choices import RESAMPLED_BEFORE, STRATEGIES, Resample
+from funmatch.config.choices import RESAMPLED_BEFORE, STRATEGIES, EvalResample
 from funmatch.config.metadata import Refers
 from funmatch.config.optim import FINETUNE_LR, LR, WARMUP_SHARE, WARMUP_STEPS
 from funmatch.config.options import Options as AnyOptions
@@ -151,7 +151,7 @@ def _intervals(config: Train, steps: int, images: int, before: dict[str, Any]) -
     return {name: usual[name] if given[name] is None else given[name] for name in usual}
 
 
-def _resampling(config: Train, before: dict[str, Any]) -> dict[str, Resample]:
+def _resampling(config: Train, before: dict[str, Any]) -> dict[str, EvalResample]:
     """Returns how training and evaluation views are resized.
 
     Args:

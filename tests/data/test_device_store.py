@@ -50,11 +50,14 @@ def test_batches_from_the_device_equal_those_from_the_host(cache, crop):
         torch.testing.assert_close(other.teacher_crops[1], one.teacher_crops[1], atol=CLOSE, rtol=0)
 
 
-@pytest.mark.parametrize("squash", [False, True])
-def test_evaluation_views_are_equal_for_any_subset(cache, squash):
+@pytest.mark.parametrize(("squash", "resample"), [(False, "tf"), (True, "tf"), (False, "lanczos")])
+def test_evaluation_views_are_equal_for_any_subset(cache, squash, resample):
     host = cache.splits["val"]
     on_device, _ = move_to_device(host, CPU)
-    some, how = np.array([5, 0, 0, 3]), Preprocessing(side=24, short_side=30, squash=squash, floor=True)
+    some, how = (
+        np.array([5, 0, 0, 3]),
+        Preprocessing(side=24, short_side=30, squash=squash, floor=True, resample=resample),
+    )
     for one, other in ((host, on_device), (host.subset(some), on_device.subset(some))):
         views = [torch.cat([v for v, _ in central_batches(split, how, 3)]) for split in (one, other)]
         torch.testing.assert_close(views[1], views[0], atol=CLOSE, rtol=0)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from funmatch.config.choices import Resample, TaskName
+from funmatch.config.choices import EvalResample, TaskName
 from funmatch.config.data import Images
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, like
@@ -49,8 +49,11 @@ class FinishedModel(ByText, Machine):
     """Image size: side of the square views, in pixels."""
     eval_resize: Annotated[int | None, like(Train, "eval_resize", usual="the run's or the model's own")] = None
     """Length of the image's shorter side before the central crop, in pixels."""
-    eval_resample: Annotated[Resample | None, like(Train, "eval_resample", usual="the run's or the model's own")] = None
-    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias)."""
+    eval_resample: Annotated[
+        EvalResample | None, like(Train, "eval_resample", usual="the run's or the model's own")
+    ] = None
+    """How images are resized: antialias (bilinear), bicubic, area, tf (bilinear without antialias), nearest, lanczos,
+    box, hamming, or a filter of torchvision's own code."""
     batch: Annotated[int, like(Train, "batch")] = 128
     """Images per forward pass."""
 

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from funmatch.config.choices import Resample
+from funmatch.config.choices import EvalResample
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.transformers.library import quiet, transformers_for
+from funmatch.ops.resizing.libraries import FROM_FILTER, TORCHVISION
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime.disk.json_files import parse_json
 
@@ -18,10 +20,9 @@ FILES = ("processor_config.json", "preprocessor_config.json")
 """Files that describe a processor; a part of the first, where it has one, goes before the second."""
 RESAMPLE = "resample"
 """Option that replaces the method by which a processor resizes images."""
-METHODS: dict[int, Resample] = {2: "antialias", 3: "bicubic"}
-"""Our names of Pillow's methods, by Pillow's numbers."""
-METHOD_NAMES: dict[str, Resample] = {name: name for name in get_args(Resample)}
-OTHER_METHODS = {0: "nearest neighbour", 1: "Lanczos", 4: "box", 5: "Hamming"}
+METHOD_NAMES: dict[str, EvalResample] = {name: name for name in get_args(EvalResample)}
+PILLOW_ALONE = (Image.Resampling.BOX, Image.Resampling.HAMMING)
+"""Filters that torchvision does not have for tensors, so that transformers' own default fails."""
 LEVELS = 4
 """Largest difference from a processor's pixels, in grey levels: some do not round after resizing, or resize columns
 before rows. A crop that is a pixel off makes more."""
@@ -65,7 +66,7 @@ def read_images(folder: Path, config: Any, side: int | None, resample: str | Non
         folder: with the configuration of the processor.
         config: of the network.
         side: that the user chose, pixels; it stands in where a processor does not resize images to a square.
-        resample: method that the user chose in place of the processor's, one of `Resample`.
+        resample: method that the user chose in place of the processor's, one of `EvalResample`.
 
     Raises:
         InputError: the processor needs code of its repository, or does something that is not offered.
@@ -110,12 +111,15 @@ def _open_processor(folder: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
     try:
         with quiet():
             if is_there:
-                return transformers.AutoImageProcessor.from_pretrained(
-                    str(folder), config=config, backend="pil", trust_remote_code=False, local_files_only=True
-                ), ()
+                options = {"config": config, "trust_remote_code": False, "local_files_only": True}
+                # As users of transformers get it: its default resizes by torchvision.
+                found = transformers.AutoImageProcessor.from_pretrained(str(folder), **options)
+                if getattr(found, "resample", None) in PILLOW_ALONE:
+                    found = transformers.AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
+                return found, ()
             classes = transformers.IMAGE_PROCESSOR_MAPPING[type(config)]
             fitting = {"size": {"height": config.image_size, "width": config.image_size}, "do_center_crop": False}
-            processor = (classes.get("pil") or classes["torchvision"])(**fitting)
+            processor = (classes.get("torchvision") or classes["pil"])(**fitting)
     except Exception as error:  # libraries fail in as many ways as files can be wrong
         missing = "" if is_there else f"has no {FILES[1]}, and what images it takes cannot be assumed"
         raise InputError(
@@ -138,18 +142,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON ({first_line(error)})") from None
 
 
-def _method(folder: Path, processor: Any) -> Resample:
-    number = int(getattr(processor, "resample", None) or 0)
+def _method(folder: Path, processor: Any) -> EvalResample:
     if getattr(processor, "do_resize", True) is False:
         return "antialias"
-    if number not in METHODS:
-        name = OTHER_METHODS.get(number, f"method {number}")
+    number = getattr(processor, "resample", None)
+    # Newer versions of Pillow have filters of other numbers.
+    name = {int(Image.Resampling[each.upper()]): each for each in FROM_FILTER}.get(2 if number is None else int(number))
+    if name is None:
         raise InputError(
-            f"{folder}: its processor resizes images by {name} (resample {number}), which is not offered; pass "
+            f"{folder}: its processor resizes images by a method that is not offered (resample {number}); pass "
             f"{RESAMPLE}=antialias or {RESAMPLE}=bicubic in --teacher-kwargs, --student-kwargs or --model-kwargs to "
             "resize them so instead"
         )
-    return METHODS[number]
+    # Torchvision has no filters of its own for some names.
+    own = METHOD_NAMES.get(f"{TORCHVISION}{name}") if getattr(processor, "backend", "") == "torchvision" else None
+    return own or FROM_FILTER[name]
 
 
 def _normalisation(processor: Any, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

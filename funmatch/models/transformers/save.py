@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from funmatch.models.classifier import Card
@@ -14,6 +15,7 @@ from funmatch.models.transformers.config import classifiers_for
 from funmatch.models.transformers.folder import HEAD
 from funmatch.models.transformers.library import quiet
 from funmatch.models.transformers.network import PROBE_SIDE, TransformersNet
+from funmatch.ops.resizing.libraries import filter_of
 from funmatch.runtime.disk.json_files import read_json
 
 
@@ -80,7 +82,7 @@ def _processor_config(card: Card, *, flip: bool) -> dict[str, Any]:
     size = {"height": short, "width": short} if card.squash else {"shortest_edge": short}
     config = {
         "image_processor_type": "DeiTImageProcessor" if card.squash else "BitImageProcessor",
-        "do_resize": True, "size": size, "resample": 3 if card.resample == "bicubic" else 2,
+        "do_resize": True, "size": size, "resample": int(Image.Resampling[filter_of(card.resample).upper()]),
         "do_center_crop": True, "crop_size": {"height": card.side, "width": card.side},
         "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
         "do_normalize": True, "image_mean": list(card.mean), "image_std": list(card.std),

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment
 
 from funmatch.data.readers.catalog import CATALOG
+from funmatch.ops.resizing.libraries import TORCHVISION, filter_of
 from funmatch.training.student.trained_model import TrainedModel
 from funmatch.version import __version__
 
@@ -96,10 +97,14 @@ def example(about: dict[str, Any], name: str) -> str:
     """
     library = LIBRARIES[Path(name).suffix]
     how, batch = about["preprocessing"], about["input"]["shape"][0]
+    by_torchvision = how["resample"].startswith(TORCHVISION)
+    # Torchvision's name for what Pillow calls nearest is of a version that rounds otherwise.
+    nearest = by_torchvision and how["resample"].endswith("nearest")
     template = Environment(keep_trailing_newline=True).from_string((Path(__file__).parent / TEMPLATE).read_text())
     return template.render(
         library=library, nhwc=library in OF_TENSORFLOW, file=name, side=how["side"], short_side=how["short_side"],
         cap=how["largest_short_side"], squash=how["squash"], resample=how["resample"], floor=how.get("floor"),
+        by_torchvision=by_torchvision, filter="NEAREST_EXACT" if nearest else filter_of(how["resample"]).upper(),
         uint8=about["input"]["type"] == "uint8", probabilities=about["output"] == "probabilities",
         fixed_batch=None if batch == "n" else batch, several=about.get("task") == "multilabel",
     )  # fmt: skip

@@ -16,6 +16,7 @@ from funmatch.data.prefetch import prefetch_map
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.models.classifier import Card
 from funmatch.ops.corruptions import Damage
+from funmatch.ops.resizing import libraries
 from funmatch.ops.tasks.task import Task, task_of
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, env, transfers
@@ -94,7 +95,8 @@ def central_batches(
 
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
-        if isinstance(split.store, DeviceStore):
+        # A library's own code needs the images on the host.
+        if isinstance(split.store, DeviceStore) and how.resample in libraries.OWN:
             rows = split.index[indices]
             return split.store.central(rows, how.short_side, how.side, **how.shape), split.labels(indices)
         views = torch.stack([how.view(image) for image in split.images(indices)])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from funmatch.config import Images, Train
-from funmatch.config.choices import RESAMPLED_BEFORE, Resample
+from funmatch.config.choices import RESAMPLED_BEFORE, EvalResample
 from funmatch.config.finished.model import FinishedModel
 from funmatch.errors import InputError
 from funmatch.models import timm_models
@@ -73,7 +73,7 @@ def open_trained_model(
     model_kwargs: tuple[str, ...] = (),
     side: int | None = None,
     eval_resize: int | None = None,
-    eval_resample: Resample | None = None,
+    eval_resample: EvalResample | None = None,
     given: Mapping[str, Any] | None = None,
     texts: ClassTexts | None = None,
 ) -> TrainedModel:
@@ -144,7 +144,7 @@ def _preprocessing(
     knobs: Mapping[str, Any],
     own_side: int | None,
     eval_resize: int | None,
-    eval_resample: Resample | None,
+    eval_resample: EvalResample | None,
 ) -> Preprocessing:
     """Returns how images are seen: as given, else as in the run, else as the model's card says."""
     side = own_side or knobs.get("side") or model.card.side

@@ -16,6 +16,7 @@ from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.ops.metrics import alone_right, is_clearly_better
+from funmatch.ops.resizing.libraries import OWN
 from funmatch.ops.tasks.task import task_of
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
@@ -255,6 +256,8 @@ def compare_resampling(
         right = {view.resample: here[some].argmax(-1) == labels, other: there.argmax(-1) == labels}
         better, worse = sorted(right, key=lambda method: int(right[method].sum()), reverse=True)
         flags = {"--resample": training, "--eval-resample": view.resample}
+        # A filter of a library's own is for evaluation alone.
+        flags = flags if better in OWN else {}
         change = " ".join(f"{flag} {better}" for flag, method in flags.items() if method == worse)
         if change and is_clearly_better(*alone_right(right[better], right[worse])):
             top1 = {method: percent(found.double().mean().item()) for method, found in right.items()}
