@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from torch import Tensor, nn
 from funmatch.config.choices import EvalResample, TaskName
 from funmatch.errors import InputError, first_line
 from funmatch.models.inference.outputs import logits_of
+from funmatch.models.names import GIVEN
+from funmatch.runtime.functions import OWN
 
+LIBRARIES = {"funmatch", "timm", "torch", "torchvision", "transformers", "open_clip"}
+"""Packages whose networks compute what they did, until another version of them is installed."""
 TRAINING_ONLY = "matching_projector"
 """Name under which a student's network holds what training alone uses: in checkpoints, and not in finished students."""
 
@@ -251,6 +256,17 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
         parts = value if isinstance(value, tuple) else (value,)
         if not name.startswith("_") and name != "training" and all(isinstance(part, PLAIN_TYPES) for part in parts):
             yield name, repr(value)
+
+
+def libraries_of(classifier: Classifier) -> dict[str, str] | None:
+    """Returns the libraries whose code a network is, with their versions; None for code of others.
+
+    Others' code may change while all digests of the network stay, so what it computed must not be remembered.
+    """
+    packages = {type(module).__module__.partition(".")[0] for module in classifier.net.modules()}
+    if classifier.function not in (None, *OWN) or classifier.card.name.startswith(GIVEN) or not packages <= LIBRARIES:
+        return None
+    return {name: str(getattr(sys.modules[name], "__version__", "")) for name in sorted({"funmatch", *packages})}
 
 
 @torch.inference_mode()

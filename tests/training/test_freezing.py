@@ -60,6 +60,36 @@ def test_views_are_those_of_the_runs_first_steps(judged, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_equal_runs_are_judged_once(judged, tmp_path):
+    """Steps of one view are judged on what those of another are not; a damaged record costs a judgement."""
+
+    def forms(name, **options):
+        run = funmatch.distill(out=tmp_path / name, steps=60, **MINI | options)
+        (form,) = json.loads((run.folder / "config.json").read_text())["facts"]["teacher_forms"]
+        return form
+
+    first = forms("run")
+    assert forms("again", lr=0.01) == first
+    assert len(judged) == 1
+    forms("seed", seed=4)
+    forms("crops", crop_min_area=0.5)
+    assert len(judged) == 3
+    places = [*(tmp_path / "cache" / "judgements").iterdir()]
+    assert len(places) == 3
+    for place in places:
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"kl": 1.0}))
+    assert forms("damaged") == first
+    assert len(judged) == 4
+
+
+def test_code_of_the_user_is_judged_in_each_run(judged, tmp_path):
+    options = MINI | {"teacher": funmatch.load("fashion-mini-teacher")}
+    for name in "ab":
+        funmatch.distill(out=tmp_path / name, steps=60, **options)
+    assert len(judged) == 2
+    assert not (tmp_path / "cache" / "judgements").exists()
+
+
 def test_a_short_run_is_judged_by_its_first_batch(judged, tmp_path):
     funmatch.distill(out=tmp_path / "run", steps=25, **MINI)
     ((first, more, _),) = judged

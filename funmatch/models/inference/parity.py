@@ -9,6 +9,7 @@ modes that change 2 %, 52 of 100 pass 32 views, and 4 of 100 pass 256.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ MAX_ERROR, MIN_COSINE = 0.03, 0.999
 what bf16 costs a deep network that passes by its logits."""
 FP32_KL, FP32_ERROR = 1e-6, 1e-3
 """Largest KL and error of features that fp32's own rounding causes."""
+NUMBERS_SHAPE = {
+    "images": int, "kl": float, "agreement": float, "error": float | None, "cosine": float | None, "has_logits": bool,
+    "tied": float, "margin": float, "kl_deviation": float, "error_deviation": float,
+}  # fmt: skip
+"""Shape of `ParityCheck.numbers`."""
 DEVIATIONS = 3.0
 """Standard deviations from a limit beyond which chance does not explain the distance."""
 
@@ -145,6 +151,11 @@ class ParityCheck:
         )
         compared = ", ".join(filter(None, (logits, features)))
         return f"{self.mode}: {self.failed or f'{compared} on {self.images} images'}"
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """All but the mode and a failure, as JSON has it: with the mode, these give an equal check."""
+        return {name: value for name, value in vars(self).items() if name not in ("mode", "failed")}
 
     @property
     def record(self) -> dict[str, float | None]:

@@ -25,10 +25,12 @@ class FurtherViews:
         batches: of the first batch's shape and on its device, made as they are asked for.
         share: number of views, the first ones included, that are so small a part of the run that they may take as
             long as they do.
+        key: everything that decides the batches, the images among it, as text; empty where that is not known.
     """
 
     batches: Iterator[Tensor] = field(default_factory=lambda: iter(()))
     share: int = 0
+    key: str = ""
 
 
 class Reference:

@@ -131,6 +131,11 @@ def load_library() -> Any:
     return loaded
 
 
+def identity() -> str:
+    """Returns a text that differs between kernels whose numbers may differ; empty where there are none."""
+    return "" if why_unavailable() else Path(load_library()._name).stem
+
+
 @cache
 def _load() -> tuple[Any, str]:
     """Loads the library and compiles it if necessary; returns it, or None and the reason."""

@@ -1,5 +1,6 @@
 """Freezes each teacher in its fastest inference mode, measured once on a machine, or in the one that was recorded."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -10,7 +11,7 @@ from torch import Tensor
 from funmatch.config import Distill
 from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError
-from funmatch.models.classifier import check_side
+from funmatch.models.classifier import check_side, libraries_of
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference.answers import Layout
 from funmatch.models.inference.fp32_layers import UnknownLayers
@@ -18,9 +19,10 @@ from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
 from funmatch.models.inference.native import packed as packed_layers
 from funmatch.models.inference.native.layers import native_group_norms
+from funmatch.models.inference.parity import NUMBERS_SHAPE, ParityCheck
 from funmatch.models.inference.reference import FurtherViews
 from funmatch.models.inference.sensitive import modes_with_fp32_layers
-from funmatch.ops.native import norms
+from funmatch.ops.native import library, norms
 from funmatch.runtime import devices
 from funmatch.runtime.chunks import even_chunks
 from funmatch.runtime.log import info
@@ -133,7 +135,10 @@ def _freeze_one(
     allowed = replace(allowed, first=_measured_mode(measured, allowed))
     # A search for the layers that carry the error takes seconds, which a short run does not regain.
     variants = modes_with_fp32_layers if further and config.teacher_precision == "auto" else None
-    frozen, tried = freeze(teacher.load_again, sample, allowed, further, variants)
+    key = _judged_by(teacher, measured, sample, further)
+    frozen, tried = _freeze_as_judged(teacher, sample, allowed.first, key) or freeze(
+        teacher.load_again, sample, allowed, further, variants
+    )
     # Every rejected mode is reported, so that a slow teacher can be explained.
     for check in tried[:-1]:
         info(f"teacher {teacher.name}: rejected {check}")
@@ -148,10 +153,47 @@ def _freeze_one(
         info(f"teacher {teacher.name}: using {chosen}")
     # Even if it was measured before: a mode that failed this time is replaced.
     measured.write(chosen.mode.record)
+    if key and chosen.good:
+        _judgement(key, chosen.mode).write(chosen.numbers)
     return frozen, {
         "form": chosen.mode.record,
         "beside_fp32": chosen.record | {"pictures": chosen.images},
     }
+
+
+def _freeze_as_judged(
+    teacher: LoadedTeacher, sample: Tensor, mode: InferenceMode | None, key: str
+) -> tuple[Frozen, list[ParityCheck]] | None:
+    """Freezes a teacher in a mode that an earlier run judged on the very same views; None if there was none.
+
+    Args:
+        key: of teacher, machine and views, as `_judged_by` returns it.
+    """
+    numbers = _judgement(key, mode).read(NUMBERS_SHAPE) if key and mode else None
+    if not mode or not numbers or not (check := ParityCheck(mode, **numbers)).good:
+        return None
+    return Frozen(teacher.load_again().to(sample.device), mode), [check]
+
+
+def _judgement(key: str, mode: InferenceMode) -> Measurement:
+    """Returns the place where it is remembered how far a mode is from plain fp32 on a run's views."""
+    kernels = library.identity() if mode.native else ""
+    return Measurement("judgements", repr((key, mode.record, kernels)), "how far this teacher is from fp32")
+
+
+def _judged_by(teacher: LoadedTeacher, measured: Measurement, sample: Tensor, further: FurtherViews | None) -> str:
+    """Returns everything that decides how modes of a teacher are judged, as text; empty where that is not known.
+
+    Args:
+        measured: the place of the teacher's fastest mode, whose key says all of teacher and machine.
+        sample, further: the views.
+    """
+    libraries = libraries_of(teacher.classifier)
+    if further is None or not further.key or libraries is None:
+        return ""
+    # The first views themselves too: functions of the user's, which may have changed, are known by name alone.
+    views = hashlib.blake2b(sample.cpu().numpy().tobytes()).hexdigest()
+    return repr((measured.key, further.key, views, libraries))
 
 
 def _uses_native_norms(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> bool:

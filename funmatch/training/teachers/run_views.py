@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from funmatch.config.choices import STRATEGIES
-from funmatch.models.inference.reference import FurtherViews
+from funmatch.models.inference.reference import VIEWS_NEAR_LIMIT, FurtherViews
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers import fixed
 from funmatch.training.teachers.source import views_by_side
@@ -26,18 +26,20 @@ class RunViews:
         batches: number of batches.
         size: views of a batch.
         total: views that each teacher sees in the run.
+        key: everything that decides the views, as text; empty where that is not known.
     """
 
     batch_at: Callable[[int], dict[int, Tensor]]
     batches: int
     size: int
     total: int
+    key: str = ""
 
     def further(self, side: int, size: int) -> FurtherViews | None:
         """Returns the views behind the first `size`, by as many at a time; None in a run that is too short."""
         if self.total <= SHORT_RUN * self.size:
             return None
-        return FurtherViews(self._parts(side, size), int(SHARE * self.total))
+        return FurtherViews(self._parts(side, size), int(SHARE * self.total), self.key)
 
     def _parts(self, side: int, size: int) -> Iterator[Tensor]:
         for number in range(self.batches):
@@ -57,6 +59,9 @@ def run_views(setup: TrainSetup, sides: tuple[int, ...]) -> RunViews:
         return {side: views.to(device) for side, views in fixed.some_views(setup, sides, number).items()}
 
     if not STRATEGIES[setup.config.strategy].fixed:
-        return RunViews(of_step, setup.loop.steps, loader.size, setup.loop.steps * loader.size)
+        total = setup.loop.steps * loader.size
+        # Of long runs no more views are ever looked at, so that these are judged alike.
+        key = repr((setup.cache.key, loader.spec, loader.world_size, min(total, int(VIEWS_NEAR_LIMIT / SHARE))))
+        return RunViews(of_step, setup.loop.steps, loader.size, total, key)
     size, source = fixed.images_at_once(setup), fixed.fixed_views(setup)
     return RunViews(of_images, len(source.split) // size, size, len(source.split) * source.crops)
