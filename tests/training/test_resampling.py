@@ -119,7 +119,8 @@ def test_a_teacher_that_is_clearly_better_resized_the_other_way_is_named(monkeyp
     there[-2:] = -there[-2:]
     shown: list[tuple[int, str]] = []
 
-    def predict(_, some, view):
+    def predict(_, some, view, known_by):
+        assert known_by == ()
         shown.append((len(some), view.resample))
         logits = there if view.resample == "antialias" else here
         return logits, [logits]

@@ -14,6 +14,7 @@ SAMPLE = 20
 OTHERS = {
     "weights": "downloaded weights",
     "answers": "logits of fixed teachers",
+    "predictions": "logits of teachers",
     "features": "features for heads",
     "kernels": "compiled kernels",
     "remote": "downloaded images",

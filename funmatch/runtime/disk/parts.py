@@ -98,13 +98,13 @@ def _compute_parts(
             with lock:
                 # Between the listing and the lock, another process may have finished the part, or joined them all.
                 if not part.is_file() and not path.is_file():
-                    _write(part, compute(parts[part]))
+                    write_checked(part, compute(parts[part]))
     # Also parts of earlier, killed processes, and locks.
     for leftover in folder.glob("part-*"):
         leftover.unlink(missing_ok=True)
 
 
-def _write(path: Path, array: np.ndarray) -> None:
+def write_checked(path: Path, array: np.ndarray) -> None:
     """Writes an array and its checksum."""
     content = array_bytes(array)
     # The checksum first: the array's appearance tells other processes that both are there.
@@ -126,4 +126,4 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
         undamaged = [array for array in arrays if array is not None]
         # Otherwise a part was damaged, or removed by a faster process: the caller tries again.
         if len(undamaged) == len(parts):
-            _write(whole, np.concatenate(undamaged))
+            write_checked(whole, np.concatenate(undamaged))

@@ -29,7 +29,7 @@ from funmatch.shipping.runtimes import require
 from funmatch.training.evaluation import scoring
 from funmatch.training.student.build import Modules
 from funmatch.training.student.trained_model import TrainedModel, open_described_model
-from funmatch.training.teachers import checks
+from funmatch.training.teachers import predictions
 
 TAIL_CALLS = 200
 """Calls with one image that are timed, if there is time: of fewer there is no p99."""
@@ -95,7 +95,7 @@ def _subjects(
         for number, (member, label) in enumerate(
             zip(members, _labels([each.name for each in members], "teacher"), strict=True)
         ):
-            shown = checks.member_view(member, view)
+            shown = predictions.member_view(member, view)
             how = Preprocessing(**{each.name: getattr(shown, each.name) for each in fields(Preprocessing)})
             model = TrainedModel(member.name, member.frozen.classifier, how)
             place = _folder(folder, f"teacher-{number}")

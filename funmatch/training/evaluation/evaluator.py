@@ -22,7 +22,7 @@ from funmatch.training.run import folder as run_folder
 from funmatch.training.run.state import TrainState
 from funmatch.training.setup import TrainSetup
 from funmatch.training.student.export import export_student
-from funmatch.training.teachers import checks
+from funmatch.training.teachers import predictions
 
 
 class Evaluator:
@@ -47,7 +47,7 @@ class Evaluator:
         # With the recorded mode: the scores are those of this arithmetic.
         for member, own, mode in zip(teachers.members, logits.members, modes, strict=True):
             if self.features:
-                view = checks.member_view(member, self.setup.evaluation.view)
+                view = predictions.member_view(member, self.setup.evaluation.view)
                 scores = run_folder.finite(self.features.teacher(member, own, split, view))
             else:
                 scores = run_folder.finite(scoring.score(own, split))
@@ -104,7 +104,7 @@ class Evaluator:
         # The teachers' logits of the validation split were computed at the start; reuse them if that is also the test.
         teacher_logits = self.teacher_logits
         if teachers and split.name != self.setup.evaluation.validation.name:
-            teacher_logits, _ = checks.predict(teachers, split, view)
+            teacher_logits, _ = predictions.predict(teachers, split, view)
         logits, scores = self._score(self.student, split, teacher_logits)
         classes = self.features.layout.classes if self.features else None
         own_logits = None if teacher_logits is None else teacher_logits[:, :classes]

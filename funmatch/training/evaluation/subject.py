@@ -26,7 +26,7 @@ from funmatch.runtime.log import info
 from funmatch.training import datasets
 from funmatch.training.evaluation import class_order, scoring
 from funmatch.training.student.trained_model import TrainedModel, info_side, open_described_model
-from funmatch.training.teachers import checks, loading
+from funmatch.training.teachers import loading, predictions
 
 AnyImages = TypeVar("AnyImages", bound=WithImages)
 
@@ -64,7 +64,7 @@ class Subject:
         """
         view = replace(self.view, damage=damage)
         if isinstance(self.network, TeacherEnsemble):
-            logits, _ = checks.predict(self.network, split, view)
+            logits, _ = predictions.predict(self.network, split, view)
         else:
             logits = scoring.predict(self.network, split, view)
         check_finite(self.label, logits, split)
@@ -172,7 +172,7 @@ def _subject(config: Evaluate, trained: TrainedModel, cache: Cache, device: torc
     view = replace(view, flip=config.tta == "flip")
     # Mapped classes are evaluated alone, as a teacher's would be.
     member = EnsembleMember(Frozen(model), view.side, class_map=class_map) if class_map else None
-    network = checks.MemberAnswers(member) if member else model
+    network = predictions.MemberAnswers(member) if member else model
     return Subject(trained.name, network, view, parameters, trained, class_map is not None)
 
 

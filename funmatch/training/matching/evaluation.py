@@ -18,7 +18,7 @@ from funmatch.ops.tasks import multiclass
 from funmatch.training.evaluation import scoring
 from funmatch.training.matching.losses import FeatureMatching
 from funmatch.training.matching.projector import WithoutTokens
-from funmatch.training.teachers.checks import MemberAnswers
+from funmatch.training.teachers.predictions import MemberAnswers
 
 NEIGHBOURS_A_CLASS, LEAST_BANK, LARGEST_BANK = 10, 1000, 5000
 """Training images whose neighbours vote: so many a class, within these bounds."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from funmatch.config import Distill
 from funmatch.config.choices import Resample
@@ -25,59 +25,12 @@ from funmatch.training.objective import TeacherLogits
 from funmatch.training.run import folder as run_folder
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import LoadedTeacher
+from funmatch.training.teachers.predictions import member_view, predict
 
 RESAMPLED_IMAGES = 500
 """Images on which teachers are evaluated with the other way of resizing, at most."""
 BELOW_CARD_WARNING = 0.1
 """Accuracy below the card's from which a warning is given."""
-
-
-class MemberAnswers(nn.Module):
-    """A teacher as a module that gives the logits of the mapped classes, or some of the numbers of its answers.
-
-    Args:
-        member: the teacher.
-        which: of the numbers of its answers.
-    """
-
-    def __init__(self, member: EnsembleMember, which: slice = slice(None)) -> None:
-        super().__init__()
-        # `frozen` is registered as a submodule, so that `.to()` and `.eval()` reach it through the dataclass.
-        self.member, self.frozen, self.which = member, member.frozen, which
-
-    def forward(self, views: Tensor) -> Tensor:
-        return self.member.answers(views)[:, self.which]
-
-
-def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:
-    """Predicts a split's images.
-
-    Args:
-        view: the student's; each teacher sees the images at its own size.
-
-    Returns:
-        the combined logits and those of each teacher, (n, classes) float32 on the CPU; where features are matched,
-            [logits | pooled features].
-    """
-    layout, count = teachers.layout, len(teachers.members)
-    # Without tokens, which are too many for whole splits.
-    most = [None] * count if layout is None else [layout.classes + dimensions for dimensions in layout.pooled]
-    # One teacher after the other: each keeps its own image size, and the combination needs only logits.
-    each = [
-        scoring.predict(MemberAnswers(member, slice(kept)), split, member_view(member, view))
-        for member, kept in zip(teachers.members, most, strict=True)
-    ]
-    return teachers.combine_answers(each), each
-
-
-def member_view(member: EnsembleMember, view: scoring.EvalView) -> scoring.EvalView:
-    """Returns the preprocessing of evaluation for a teacher: the student's, at the teacher's own image size."""
-    if member.side == view.side:
-        return view
-    # The student's resize belongs to its own image size: at another one the crop would have other proportions.
-    return replace(
-        view, side=member.side, short_side=scoring.default_eval_resize(member.side, member.frozen.classifier.card)
-    )
 
 
 def check_teachers(
@@ -196,10 +149,16 @@ def chance_threshold(classes: int, images: int) -> float:
     return outcome.chance_threshold(chance, math.sqrt(chance * (1 - chance) / images))
 
 
-def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -> TeacherLogits:
-    """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance."""
+def check_on_validation(
+    teachers: TeacherEnsemble, setup: TrainSetup[Distill], known_by: Sequence[str] = ()
+) -> TeacherLogits:
+    """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance.
+
+    Args:
+        known_by: as of `predictions.predict`.
+    """
     split, view, config = setup.evaluation.validation, setup.evaluation.view, setup.config
-    combined, members = predict(teachers, split, view)
+    combined, members = predict(teachers, split, view, known_by)
     logits = [combined, *members]
     if teachers.layout:
         for member, each in zip(teachers.members, members, strict=True):
@@ -208,7 +167,7 @@ def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -
     if logits[0].shape[1]:
         check_teachers(teachers, logits[0], logits[1:], split, setup.cache.classes, config, view)
         if not run_folder.options_of(config.out):
-            compare_resampling(teachers, logits[1:], split, view, config.resampled)
+            compare_resampling(teachers, logits[1:], split, view, config.resampled, known_by)
     return TeacherLogits(combined, members)
 
 
@@ -230,7 +189,12 @@ def check_features(name: str, features: Tensor, split: CachedSplit, config: Dist
 
 
 def compare_resampling(
-    teachers: TeacherEnsemble, logits: list[Tensor], split: CachedSplit, view: scoring.EvalView, training: Resample
+    teachers: TeacherEnsemble,
+    logits: list[Tensor],
+    split: CachedSplit,
+    view: scoring.EvalView,
+    training: Resample,
+    known_by: Sequence[str] = (),
 ) -> None:
     """Reports teachers that are clearly better with or without antialias, where views are not resized so.
 
@@ -239,6 +203,7 @@ def compare_resampling(
     Args:
         logits: of the split, one for each teacher, as the view shows the images.
         training: how training views are resized.
+        known_by: as of `predictions.predict`.
     """
     heights, widths = split.sizes(np.arange(len(split)))
     # Smaller images are enlarged, and there antialias changes nothing.
@@ -249,7 +214,7 @@ def compare_resampling(
         return
     other: Resample = "antialias" if view.resample == "tf" else "tf"
     subset = split.subset(some)
-    _, others = predict(teachers, subset, replace(view, resample=other))  # their logits come first
+    _, others = predict(teachers, subset, replace(view, resample=other), known_by)  # their logits come first
     others = [each[:, : logits[0].shape[1]] for each in others]
     labels = subset.labels(slice(None))
     for member, here, there in zip(teachers.members, logits, others, strict=True):

@@ -14,7 +14,7 @@ from funmatch.runtime import distributed, env
 from funmatch.training.matching import wiring
 from funmatch.training.objective import TeacherLogits
 from funmatch.training.setup import TrainSetup, recorded_modes
-from funmatch.training.teachers import checks, fixed, freezing, loading, recording
+from funmatch.training.teachers import checks, fixed, freezing, loading, predictions, recording
 from funmatch.training.teachers.run_views import run_views
 
 DistillSetup = TrainSetup[Distill]
@@ -50,7 +50,9 @@ def freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher]
     if config.tape_top is not None and env.is_main_process():
         recording.report_dropped_mass(teachers(first, config.temperature), config)
     checks.note_sizes(setup.student.classifier, teachers)
-    logits = checks.check_on_validation(teachers, setup) if env.is_main_process() else None
+    logits = None
+    if env.is_main_process():
+        logits = checks.check_on_validation(teachers, setup, predictions.identities(setup, loaded))
     if not STRATEGIES[config.strategy].fixed:
         return Prepared(setup, teachers, None, logits)
     name, table = fixed.compute_fixed_logits(setup, teachers)

@@ -16,8 +16,9 @@ from funmatch.runtime.text import percent
 from funmatch.training.evaluation import scoring
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers import loading
-from funmatch.training.teachers.checks import RESAMPLED_IMAGES, MemberAnswers, member_view
+from funmatch.training.teachers.checks import RESAMPLED_IMAGES
 from funmatch.training.teachers.loading import LoadedTeacher
+from funmatch.training.teachers.predictions import MemberAnswers, member_view
 
 BETTER = {"better": bool}
 
