@@ -17,6 +17,7 @@ from funmatch.errors import InputError, first_line
 from funmatch.models.inference.outputs import logits_of
 from funmatch.models.names import GIVEN
 from funmatch.runtime.functions import OWN
+from funmatch.runtime.measured import code_stamp
 
 LIBRARIES = {"funmatch", "timm", "torch", "torchvision", "transformers", "open_clip"}
 """Packages whose networks compute what they did, until another version of them is installed."""
@@ -259,14 +260,15 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def libraries_of(classifier: Classifier) -> dict[str, str] | None:
-    """Returns the libraries whose code a network is, with their versions; None for code of others.
+    """Returns the libraries whose code a network is, with their versions, and our own code; None for code of others.
 
     Others' code may change while all digests of the network stay, so what it computed must not be remembered.
     """
     packages = {type(module).__module__.partition(".")[0] for module in classifier.net.modules()}
     if classifier.function not in (None, *OWN) or classifier.card.name.startswith(GIVEN) or not packages <= LIBRARIES:
         return None
-    return {name: str(getattr(sys.modules[name], "__version__", "")) for name in sorted({"funmatch", *packages})}
+    versions = {name: str(getattr(sys.modules[name], "__version__", "")) for name in sorted(packages)}
+    return versions | {"funmatch": code_stamp()}
 
 
 @torch.inference_mode()

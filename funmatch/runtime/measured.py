@@ -3,12 +3,27 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from funmatch.runtime.disk.files import cache_home, write_atomically
 from funmatch.runtime.disk.json_files import Damaged, Shape, read_json
 from funmatch.runtime.log import info
+
+PACKAGE, CODE = Path(__file__).parent.parent, (".py", ".cpp", ".h")
+
+
+@cache
+def code_stamp(package: Path = PACKAGE) -> str:
+    """Returns a text that changes with the code of a package: by default ours, which may change between two versions.
+
+    By sizes and times of its files, since to read them all would take longer than most of what is remembered.
+    """
+    files = sorted(path for path in package.rglob("*.*") if path.suffix in CODE)
+    stats = [(str(path.relative_to(package)), path.stat()) for path in files]
+    text = repr([(name, found.st_size, found.st_mtime_ns) for name, found in stats])
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from funmatch.errors import InputError
 from funmatch.runtime.disk import files, json_files, locks, records
 from funmatch.runtime.disk.json_files import Damaged, NewerFormat, parse_json, read_json, read_record
 from funmatch.runtime.disk.records import RecordFolder
-from funmatch.runtime.measured import Measurement
+from funmatch.runtime.measured import Measurement, code_stamp
 
 SHAPE = {"verb": str, "options": {"lr": float, "steps?": int | None}, "classes": list[str], "rows?": [{"n": int}]}
 VALID = {"verb": "train", "options": {"lr": 1, "steps": None}, "classes": ["cat"], "rows": [{"n": 1}, {"n": 2}]}
@@ -226,6 +226,30 @@ def test_arrays_are_read_or_damaged(tmp_path):
         path.write_bytes(content)
         with suppress(ValueError):
             files.read_array(path)
+
+
+def test_the_stamp_of_code_changes_with_each_change_of_a_file(tmp_path):
+    def stamp():
+        code_stamp.cache_clear()
+        return code_stamp(tmp_path)
+
+    (tmp_path / "inner").mkdir()
+    path = tmp_path / "inner" / "a.py"
+    path.write_text("x = 1")
+    os.utime(path, ns=(0, 1_000_000_000))
+    found = [stamp()]
+    (tmp_path / "notes.txt").write_text("no code")
+    assert stamp() == found[0]
+    os.utime(path, ns=(0, 2_000_000_000))
+    found.append(stamp())
+    path.write_text("x = 12")
+    os.utime(path, ns=(0, 2_000_000_000))
+    found.append(stamp())
+    path.rename(tmp_path / "a.py")
+    found.append(stamp())
+    assert len({*found}) == 4
+    code_stamp.cache_clear()
+    assert code_stamp() == code_stamp()
 
 
 def test_measurement_is_cached_and_a_damaged_one_ignored(tmp_path, monkeypatch):
