@@ -15,7 +15,7 @@ from funmatch.models.inference.features import lacks_head
 from funmatch.models.inference.outputs import logits_of
 from funmatch.models.names import GIVEN, is_function
 from funmatch.models.transformers.config import is_backbone
-from funmatch.models.transformers.network import TransformersNet
+from funmatch.models.transformers.network import TransformersNet, own_side
 from funmatch.models.weights import is_fillable
 from funmatch.runtime.functions import OWN, import_function
 
@@ -98,7 +98,7 @@ def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, A
         card = Card(name, cfg["input_size"][-1], cfg.get("crop_pct") or 1.0, mean, std)
     else:
         # Networks of transformers say the size that they were built for.
-        own = getattr(getattr(net, "config", None), "image_size", None) or getattr(net, "side", None)
+        own = own_side(getattr(net, "config", None)) or getattr(net, "side", None)
         own = own if isinstance(own, int) else DEFAULT_SIDE
         card = Card(name, side or own, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     return Classifier(net, card, kwargs, count_classes(net, card), function)

@@ -13,6 +13,7 @@ from torch import nn
 
 from funmatch.models import bit
 from funmatch.models.classifier import Card, Classifier, timm_config, to_memory_format
+from funmatch.models.inference.outputs import NEAR, is_close
 from funmatch.models.names import GIVEN
 from funmatch.models.transformers.network import TransformersNet
 from funmatch.models.transformers.save import save_transformers
@@ -92,7 +93,7 @@ def _same_logits(net: nn.Module, other: nn.Module, card: Card) -> bool:
     """Returns whether two networks have the same logits, up to rounding."""
     probe = torch.randn(2, len(card.mean), card.side, card.side, generator=torch.Generator().manual_seed(0))
     expected, actual = net.eval()(probe), other.eval()(probe)
-    return torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    return is_close(actual, expected, NEAR)
 
 
 def _write_config(

@@ -141,6 +141,9 @@ def agreement_rows(run: run_folder.Run) -> list[list[str]]:
     last = {each["event"]: each for each in records if each["event"] in ("views", "eval", "step", "teacher")}
     if "views" not in last or "eval" not in last:
         return []
+    # Where features alone are matched, no classes can agree.
+    if all(last[event].get("agreement") is None for event in ("views", "eval")):
+        return []
     score = task_of_metrics(last["eval"]).score
     name, teacher = run.folder.resolve().name, last.get("teacher", {}).get(score)
     rows = []

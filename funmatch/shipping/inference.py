@@ -19,6 +19,7 @@ from funmatch.models.classifier import Classifier
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.inference.modes import InferenceMode
 from funmatch.models.inference.native.layers import native_group_norms
+from funmatch.models.inference.outputs import NEAR, is_close
 from funmatch.ops.native import norms
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, transfers
@@ -28,8 +29,6 @@ from funmatch.training.student.trained_model import TrainedModel
 
 FIRST_BATCH = 8
 """Images of the first batch, at most, so that the first rows come early."""
-TOLERANCE = 1e-3
-"""Largest difference of a folded network's outputs from the plain one's, relative to the largest of them."""
 
 Outputs = Callable[[Tensor], Tensor]
 """Maps views (n, 3, side, side) in [0, 1] to a row for each."""
@@ -126,10 +125,9 @@ def ready(
         expected = plain(probe)
         try:
             folded = outputs_of(Frozen(copy.deepcopy(classifier), InferenceMode(native=native)).classifier)
-            difference = (folded(probe) - expected).abs().max()
+            same = is_close(folded(probe), expected, NEAR)
         except Exception:  # a user's network may not allow to be copied or folded, in any way
             return Network(plain, trained.preprocessing)
-    same = difference <= TOLERANCE * expected.abs().max().clamp(min=1)
     return Network(folded if same else plain, trained.preprocessing)
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,6 +401,13 @@ def test_modules_from_python():
         """A class of the user's own, which is called like a network without a head."""
 
     assert load(OwnModel(classifier.config)).num_classes == 4
+
+
+@pytest.mark.parametrize("size", [48, [48, 48], (48, 48), {"height": 48, "width": 48}])
+def test_the_size_that_a_module_states_is_read_in_each_form(size):
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    net.config = SimpleNamespace(image_size=size)
+    assert load(net).card.side == 48
 
 
 HUB_ERRORS = [

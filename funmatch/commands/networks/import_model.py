@@ -12,7 +12,7 @@ from funmatch.models.clip.class_texts import class_texts_of
 from funmatch.models.load import load
 from funmatch.models.save import save
 from funmatch.reports.result import Result
-from funmatch.runtime.disk.files import write_folder_atomically
+from funmatch.runtime.disk.files import read_lines, write_folder_atomically
 from funmatch.runtime.log import info_notes, print_line, print_table
 
 INPUTS = {
@@ -89,11 +89,7 @@ def show_imported(result: Result) -> None:
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
-    try:
-        # Empty lines are left out, as editors leave one at the end.
-        names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the class names in {path}: {error}") from error
+    names = tuple(read_lines(path, "the class names"))
     # Equal names would join two classes wherever classes are matched by name.
     if len(names) != count or len(set(names)) != count:
         raise InputError(

@@ -9,6 +9,7 @@ from funmatch.config.teaching import ByText
 from funmatch.errors import InputError, first_line, some_of
 from funmatch.models.clip.names import is_clip
 from funmatch.models.clip.templates import PLACE, read_templates
+from funmatch.runtime.disk.files import read_lines
 from funmatch.runtime.disk.json_files import parse_json
 
 OF_DATA = "data"
@@ -96,19 +97,10 @@ def _with_equal_texts(texts: Mapping[str, tuple[str, ...]]) -> list[list[str]]:
 
 def read_names(path: Path) -> dict[str, tuple[str, ...]]:
     """Reads a file of names; returns the descriptions of each, its name where it has no other."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the class names in {path}: {error.strerror}") from None
     if path.suffix.lower() == ".json":
-        found = _from_json(path, content)
+        found = _from_json(path)
     else:
-        try:
-            lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
-        except UnicodeDecodeError as error:
-            raise InputError(f"cannot read the class names in {path}: {error}") from None
-        # Empty lines are left out, as editors leave one at the end.
-        found = [(line, (_spoken(line),)) for line in lines if line]
+        found = [(line, (_spoken(line),)) for line in read_lines(path, "the class names")]
     if not found:
         raise InputError(f"{path} is empty; write a class name a line")
     if repeated := [name for name, count in Counter(name for name, _ in found).items() if count > 1]:
@@ -116,9 +108,11 @@ def read_names(path: Path) -> dict[str, tuple[str, ...]]:
     return dict(found)
 
 
-def _from_json(path: Path, content: bytes) -> list[tuple[str, tuple[str, ...]]]:
+def _from_json(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     try:
-        values = parse_json(content)
+        values = parse_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the class names in {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {first_line(error)}") from None
     if isinstance(values, list) and all(isinstance(each, str) and each.strip() for each in values):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from funmatch.errors import InputError
+from funmatch.runtime.disk.files import read_lines
 
 OPENAI_80 = (
     "a bad photo of a {}.",
@@ -112,12 +113,9 @@ def read_templates(value: str) -> tuple[str, ...]:
         return NAMED[value]
     path = Path(value).expanduser()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the templates in {path}: {error}; expected {', '.join(NAMED)}, or a text file with one a line"
-        ) from None
-    templates = tuple(line for line in lines if line)
+        templates = tuple(read_lines(path, "the templates"))
+    except InputError as error:
+        raise InputError(f"{error}; expected {', '.join(NAMED)}, or a text file with one a line") from None
     if not templates:
         raise InputError(f"{path} has no templates; write one a line, with {PLACE} where the class name stands")
     if wrong := [line for line in templates if PLACE not in line]:

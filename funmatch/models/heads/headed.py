@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from funmatch.errors import InputError
 from funmatch.models import bit, custom, timm_models
 from funmatch.models.classifier import Classifier, timm_config
-from funmatch.models.heads.last_layer import is_close, put_linear
+from funmatch.models.heads.last_layer import put_linear
 from funmatch.models.heads.modules import HEADS, LinearLayer, OwnHead
 from funmatch.models.inference.features import Features, find_last_linear
-from funmatch.models.inference.outputs import logits_of
+from funmatch.models.inference.outputs import is_close, logits_of
 from funmatch.ops.heads.logistic import LinearHead
 
 HEADED = "funmatch.models.heads.headed:network"
@@ -114,7 +114,7 @@ def put_behind(classifier: Classifier, head: AnyHead, names: tuple[str, ...] | N
     classifier.net, classifier.function = Headed(net.eval(), own, len(expected[0])), HEADED
     classifier.num_classes = len(expected[0])
     classifier.card = replace(classifier.card, classes=names, top1=None)
-    if not is_close(classifier(views), expected.double()):
+    if not is_close(classifier(views), expected):
         raise InputError(
             f"{classifier.card.name} has no last layer that can be left out, so no head can be put in its place"
         )

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.features import Features, find_last_linear
+from funmatch.models.inference.outputs import is_close
 from funmatch.models.timm_models import head_names
 from funmatch.ops.heads.logistic import LinearHead
 
-EXACT = 1e-4
-"""Largest difference of logits that rounding explains, as a share of the largest logit."""
 PROBES = 2
 
 Layer = nn.Linear | nn.Conv2d
@@ -54,13 +53,6 @@ def put_linear(classifier: Classifier, head: LinearHead, names: tuple[str, ...] 
         if is_close(classifier(views), expected):
             return True
     return False
-
-
-def is_close(found: Tensor, expected: Tensor) -> bool:
-    """Returns whether logits are the expected ones up to rounding."""
-    if found.shape != expected.shape:
-        return False
-    return bool((found.double() - expected).abs().max() <= EXACT * expected.abs().max().clamp(min=1.0))
 
 
 def _new_layers(classifier: Classifier, classes: int, views: Tensor) -> list[Layer]:

@@ -8,6 +8,18 @@ from torch import Tensor
 
 from funmatch.errors import InputError
 
+EXACT, NEAR = 1e-4, 1e-3
+"""Largest differences of logits, relative to the largest of them or to 1: of a network that was written and is read
+again, or whose last layer was replaced; and of one that computes in another order, as folded ones do."""
+
+
+def is_close(found: Tensor, expected: Tensor, tolerance: float = EXACT) -> bool:
+    """Returns whether logits are the expected ones up to rounding."""
+    if found.shape != expected.shape:
+        return False
+    wanted = expected.double()
+    return bool((found.double() - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1.0))
+
 
 def logits_of(output: Any, name: str) -> Tensor:
     """Returns the logits of a network's output: itself, its `logits` by attribute or key, or a tuple's only rows.

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class TransformersNet(nn.Module):
         self.pooled = None if classes else _pooled_output(self.model)
         self.head: nn.Linear | None = None
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
-        self.side = _own_side(self.model.config)
+        self.side = own_side(self.model.config)
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.run(images)
@@ -159,10 +160,14 @@ class TransformersNet(nn.Module):
             self.model.gradient_checkpointing_enable() if enable else self.model.gradient_checkpointing_disable()
 
 
-def _own_side(config: Any) -> int | None:
-    """Returns the side of the images that a network was built for, pixels; None where any will do."""
+def own_side(config: Any) -> int | None:
+    """Returns the side of the images that a network was built for, pixels; None where any will do, or none is square.
+
+    Configurations hold a number, a height and a width, or these by name.
+    """
     size = getattr(config, "image_size", None)
-    sides = set(size) if isinstance(size, list | tuple) else {size}
+    size = size.values() if isinstance(size, Mapping) else size
+    sides = {size} if isinstance(size, int) else {*size} if isinstance(size, Collection) else set()
     (side,) = sides if len(sides) == 1 else (None,)
     return side if isinstance(side, int) else None
 
@@ -174,7 +179,7 @@ def _pooled_output(model: Any) -> str:
     Raises:
         InputError: the network fails, or gives other outputs each time.
     """
-    side, name = _own_side(model.config) or PROBE_SIDE, type(model).__name__
+    side, name = own_side(model.config) or PROBE_SIDE, type(model).__name__
     try:
         output, again = (model.eval()(probe(model, side)) for _ in range(2))
     except Exception as error:  # networks fail in as many ways as they are built

@@ -12,6 +12,7 @@ from funmatch.config.choices import EvalResample
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.transformers.library import quiet, transformers_for
+from funmatch.models.transformers.network import own_side
 from funmatch.ops.resizing.libraries import FROM_FILTER, TORCHVISION
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime.disk.json_files import parse_json
@@ -118,7 +119,9 @@ def _open_processor(folder: Path, config: Any) -> tuple[Any, tuple[str, ...]]:
                     found = transformers.AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
                 return found, ()
             classes = transformers.IMAGE_PROCESSOR_MAPPING[type(config)]
-            fitting = {"size": {"height": config.image_size, "width": config.image_size}, "do_center_crop": False}
+            if (built_for := own_side(config)) is None:
+                raise ValueError("its configuration names no square size of images")
+            fitting = {"size": {"height": built_for, "width": built_for}, "do_center_crop": False}
             processor = (classes.get("torchvision") or classes["pil"])(**fitting)
     except Exception as error:  # libraries fail in as many ways as files can be wrong
         missing = "" if is_there else f"has no {FILES[1]}, and what images it takes cannot be assumed"

@@ -15,6 +15,7 @@ from typing import IO, Literal
 import numpy as np
 from safetensors import SafetensorError
 
+from funmatch.errors import InputError
 from funmatch.runtime.disk.locks import is_at
 
 PARTIAL = ".partial"
@@ -230,3 +231,20 @@ def disk_errors(path: Path) -> Generator[None]:
         if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Reads a text file that people wrote with something a line; empty lines, as editors leave one, are left out.
+
+    Args:
+        what: stands on the lines, for messages.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        # Some editors begin a file with a mark, which would be a part of the first line.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {what} in {path}: {getattr(error, 'strerror', None) or error}") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -15,7 +15,7 @@ from funmatch.data.readers.class_notes import first_of
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier, timm_config
 from funmatch.models.heads.headed import HEADED, attach, put_behind
-from funmatch.models.heads.last_layer import is_close
+from funmatch.models.inference.outputs import is_close
 from funmatch.models.load import load
 from funmatch.models.names import GIVEN, LOCAL
 from funmatch.runtime import devices, env
@@ -188,4 +188,4 @@ class _Work:
         view = replace(self.backbone.view, device=torch.device("cpu"), precision="fp32")
         some = self.cache.splits["train"].subset(np.arange(min(CHECKED, len(self.cache.splits["train"]))))
         found, expected = (scoring.predict(each, some, view) for each in (loaded, classifier))
-        return is_close(found, expected.double())
+        return is_close(found, expected)
