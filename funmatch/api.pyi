@@ -704,12 +704,13 @@ class HeadOptions(ImagesOptions, total=False):
     that is given. The choice depends only on the images' content and on val_seed. (default: the data's own split, or
     10% where it has none)"""
     kind: Literal["linear", "knn", "means"]
-    """Head to fit. linear: multinomial logistic regression. knn: the weighted vote of the nearest training images,
-    which become a part of the network. means: the nearest mean of a class. (default: linear)"""
+    """Head to fit. linear: logistic regression, multinomial, or binary for each class with task="multilabel". knn: the
+    weighted vote of the nearest training images, which become a part of the network. means: the nearest mean of a
+    class. (default: linear)"""
     C: float | Sequence[float]
     """Strengths of linear's L2 penalty to try, as scikit-learn's C: the smaller, the stronger. The best on the
-    validation images is taken: of those within a standard error of the best accuracy, that of least log loss. (default:
-    15 from 1e-5 to 100)"""
+    validation images is taken: of those within a standard error of the best accuracy, that of least log loss; with
+    task="multilabel" that of the best mean average precision. (default: 15 from 1e-5 to 100)"""
     strengths: float | Sequence[float]
     """The same as C."""
     standardise: bool

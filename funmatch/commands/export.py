@@ -52,11 +52,16 @@ def show(result: Result) -> None:
 def _show_smaller(found: Mapping[str, Any]) -> None:
     """Prints what the quantised file loses and gains."""
     before, after = found["before"], found["after"]
-    shares = {"accuracy": "top1", "agreement with the teacher": "agreement", "agreement with fp32": "same"}
+    shares = {
+        "accuracy": "top1",
+        "mAP": "map",
+        "agreement with the teacher": "agreement",
+        "agreement with fp32": "same",
+    }
     rows = [
         [text, *(percent(each[name]) for each in (before, after))]
         for text, name in shares.items()
-        if after[name] is not None
+        if after.get(name) is not None
     ]
     rows += [
         ["size (MB)", *(f"{each['bytes'] / 1e6:.2f}" for each in (before, after))],

@@ -228,9 +228,6 @@ class Distill(Train, Teaching, Matching):
             places = [Path(each).expanduser().absolute() for each in (self.tape, self.out)]
             if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
                 found.append(f"tape {self.tape} and out {self.out} must be apart: each is a folder of its own")
-        # Features are judged by nearest neighbours, which have one class each.
-        if self.task == "multilabel" and not {*self.match} <= {"logits"}:
-            found.append("features are matched with one class an image, or without labels; omit --task multilabel")
         # The rest as one mass, and the shape of an image's logits, are those of one distribution over all classes.
         found += [
             f"{name} is for one class an image; omit it with --task multilabel"

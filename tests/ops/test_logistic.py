@@ -57,6 +57,23 @@ def test_weighted_classes_equal_those_of_scikit_learn():
     torch.testing.assert_close(head.weight, weight, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_each_of_several_classes_an_image_has_the_weights_of_its_own_binary_fit(classes):
+    features, numbers = correlated(classes=classes)
+    rng = np.random.default_rng(1)
+    # Each image has the class of its number, and any of the others.
+    labels = torch.from_numpy(rng.random((len(numbers), classes)) < 0.2) | (numbers[:, None] == torch.arange(classes))
+    ready = moments(features, scale=True).apply(features)
+    for strength, head in zip(STRENGTHS, fit_logistic(ready, labels.float(), classes, STRENGTHS), strict=True):
+        assert head.converged
+        for number in range(classes):
+            # The reference has ±half of its one row, whose intercepts have the mean 0.
+            weight, bias = sklearns(ready, labels[:, number].long(), strength)
+            own = 2 * weight[:, 1]
+            torch.testing.assert_close(head.weight[:, number], own, atol=1e-3 * float(own.abs().max()), rtol=0)
+            assert float(head.bias[number]) == pytest.approx(float(2 * bias[1]), abs=2e-3)
+
+
 def test_unscaled_head_has_the_logits_of_the_scaled_one():
     features, labels = correlated()
     features[:, 3] = 7.0  # what does not vary stays as it is

@@ -9,20 +9,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn import linear_model
 from sklearn import metrics as sklearn_metrics
 from test_distill import records
 from test_teachers import classifier
 
 import funmatch
 from funmatch.commands import plan
-from funmatch.config import Distill, Finetune, Prepare, Train
+from funmatch.config import Distill, Finetune, Head, Prepare, Train
 from funmatch.config.search import PlanDistill
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
 from funmatch.errors import InputError
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, select_classes
+from funmatch.models.inference.features import Features
 from funmatch.models.inference.frozen import Frozen
+from funmatch.models.load import load
 from funmatch.ops.tasks.task import MULTILABEL
+from funmatch.ops.view_spec import Preprocessing
 from funmatch.training.evaluation import outcome, scoring
 from funmatch.training.teachers import checks
 
@@ -144,8 +148,50 @@ def test_evaluate_knows_the_task_of_a_run(student, table, tmp_path):
     assert found["map"] == pytest.approx(np.mean([row["ap"] for row in found["classes"]]))
     assert found["teacher_map"] == found["of_teacher"]["map"] > 0.8
     assert "mean average precision" in (tmp_path / "page.html").read_text()
-    with pytest.raises(InputError, match="per_image is for one class an image"):
-        funmatch.evaluate(run.folder, per_image=tmp_path / "rows.csv")
+    # Its interval is that of images drawn again by other random numbers, each time judged by scikit-learn.
+    rng, drawn = np.random.default_rng(1), []
+    for _ in range(300):
+        rows = rng.integers(0, len(labels), len(labels))
+        some = [number for number in range(3) if labels[rows, number].any()]
+        each = [sklearn_metrics.average_precision_score(labels[rows, n], logits[rows, n]) for n in some]
+        drawn.append(np.mean(each))
+    assert found["intervals"]["map"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.04)
+    with pytest.raises(InputError, match="embedding is for one class an image"):
+        funmatch.evaluate(run.folder, embedding=True)
+
+
+def test_a_line_an_image_lists_its_classes(student, table, tmp_path):
+    run, _ = student
+    funmatch.evaluate(run.folder, per_image=tmp_path / "rows.csv", report="none")
+    labels, logits = truth(table, "test"), answers(run.student(), table, "test")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        lines = [*csv.DictReader(file)]
+    given = {line["path"]: line["label"] for line in csv.DictReader(table.read_text().splitlines())}
+    assert len(lines) == len(labels)
+    for line, own, target in zip(lines, logits, labels, strict=True):
+        assert sorted(line["labels"].split(";")) == sorted(given[line["image"].rpartition("/")[2]].split(";"))
+        # Classes are numbered in the order of their names.
+        names = sorted(CLASSES)
+        assert line["predicted"] == ";".join(names[number] for number in range(3) if own[number] > 0)
+        expected = sklearn_metrics.log_loss(target, own.sigmoid(), labels=[0, 1])
+        assert float(line["nll"]) == pytest.approx(expected, rel=1e-4)
+        shown = [float(line[f"probability of {name}"]) for name in names]
+        assert shown == pytest.approx(own.sigmoid().tolist(), abs=1e-5)
+        assert 0 <= float(line["agreement"]) <= 1
+
+
+def test_corrupted_images_are_judged_by_mean_average_precision(student, tmp_path):
+    run, _ = student
+    page = tmp_path / "page.html"
+    found = funmatch.evaluate(run.folder, corruptions=("darkness", "noise"), report=page)
+    of_model, of_teacher = (found["corruptions"][name] for name in ("models", "teacher"))
+    (of_model,) = of_model.values()
+    for own, score in ((of_model, found["map"]), (of_teacher, found["teacher_map"])):
+        assert own["map"]["clean"] == score
+        assert [len(shares) for shares in own["map"]["by_kind"].values()] == [5, 5]
+        assert own["map"]["by_severity"][4] < own["map"]["clean"]
+    assert {*of_model} == {"map", "f1_micro", "agreement"}
+    assert "mAP (%)" in page.read_text()
 
 
 def test_predict_gives_each_class_a_probability_of_its_own(student, table, funmatch, tmp_path):
@@ -175,8 +221,30 @@ def test_exports_give_each_class_a_probability_of_its_own(student, tmp_path):
     found = torch.export.load(out / "model.pt2").module()(views)
     torch.testing.assert_close(found, run.student()(views).sigmoid(), atol=1e-4, rtol=1e-3)
     assert "no class" in (out / "example.py").read_text()
-    with pytest.raises(InputError, match="gives any number of classes; export it without"):
-        funmatch.export(run.folder, quantize=8, out=tmp_path / "small")
+    with pytest.raises(InputError, match="compares logits where an image may have several classes"):
+        funmatch.export(run.folder, quantize=16, probabilities=True, out=tmp_path / "other", images=8)
+
+
+def test_a_quantised_export_is_measured_by_mean_average_precision(student, table, tmp_path):
+    run, _ = student
+    onnxruntime = pytest.importorskip("onnxruntime")
+    found = funmatch.export(run.folder, format="onnx", quantize=16, out=tmp_path / "out", images=8)["quantized"]
+    views = [view for view, _ in scoring.central_batches(
+        open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits["val"],
+        Preprocessing(side=32, short_side=32, resample="antialias"), 64,
+    )]  # fmt: skip
+    labels, precision = truth(table, "val"), {}
+    for key, name in (("before", "model.onnx"), ("after", "model-fp16.onnx")):
+        session = onnxruntime.InferenceSession(tmp_path / "out" / name)
+        logits = session.run(None, {"images": torch.cat(views).numpy()})[0]
+        precision[key] = np.mean(
+            [sklearn_metrics.average_precision_score(labels[:, n], logits[:, n]) for n in range(3)]
+        )
+        assert found[key]["map"] == pytest.approx(precision[key])
+        assert found[key]["top1"] is None
+    assert found["drop"] == pytest.approx(100 * (precision["before"] - precision["after"]))
+    low, high = found["drop_interval"]
+    assert low <= found["drop"] <= high
 
 
 def test_a_sheet_and_a_summary_count_every_class(table, tmp_path, funmatch):
@@ -226,6 +294,49 @@ def test_options_of_one_class_an_image_are_refused(kind, changes, message):
     assert any(message in each for each in config.problems())
     single = config.model_copy(update={"task": "multiclass"})
     assert not any(message in each for each in single.problems())
+
+
+def test_a_head_is_fitted_to_each_class(teacher, table, tmp_path):
+    backbone = str(teacher.folder / "student")
+    options = {"data": str(table), "task": "multilabel", "model": backbone, "side": 32, "C": (1e-3, 0.1, 10.0)}
+    found = funmatch.head(out=tmp_path / "head", **options).metrics
+    assert [each["value"] for each in found["tried"]] == [1e-3, 0.1, 10.0]
+    best = max(found["tried"], key=lambda each: each["map"])
+    assert [each["map"] for each in found["tried"] if each["value"] == found["chosen"]] == [best["map"]]
+    # On the same features, each class by scikit-learn.
+    view = scoring.EvalView(side=32, short_side=32, resample="antialias", batch=64, device=torch.device("cpu"),
+                            precision="fp32")  # fmt: skip
+    splits = open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits
+    known, seen = (scoring.predict(Features(load(backbone)), splits[name], view) for name in ("train", "test"))
+    mean, std = known.double().mean(0), known.double().std(0, correction=0)
+    std[std < 1e-6] = 1
+    known, seen = ((each.double() - mean) / std for each in (known, seen))
+    scores = []
+    for number in range(3):
+        model = linear_model.LogisticRegression(C=found["chosen"], tol=1e-9, max_iter=20_000)
+        model.fit(known.numpy(), truth(table, "train")[:, number].numpy())
+        answer = model.decision_function(seen.numpy())
+        scores.append(sklearn_metrics.average_precision_score(truth(table, "test")[:, number], answer))
+    assert found["map"] == pytest.approx(np.mean(scores), abs=1e-6)
+    again = funmatch.evaluate(tmp_path / "head", data=str(table), split="test")
+    assert again["map"] == pytest.approx(found["map"], abs=1e-6), "the folder says its task"
+
+
+def test_other_heads_are_for_one_class_an_image():
+    given = {"data": ("d",), "task": "multilabel", "model": "resnet18", "out": "h"}
+    assert Head(kind="knn", **given).problems() == [
+        "--kind knn is for one class an image; omit it with --task multilabel"
+    ]
+
+
+def test_features_are_matched_on_images_of_several_classes(teacher, table, tmp_path):
+    given = options(table, teacher=str(teacher.folder), match=("logits", "features"))
+    found = funmatch.distill(out=tmp_path / "both", **given).metrics
+    assert found["map"] is not None
+    assert found["cosine"] is not None
+    alone = funmatch.distill(out=tmp_path / "alone", **given | {"match": "features"})
+    assert alone.metrics["cosine"] > 0
+    assert "Agreement on training views" not in alone.page.read_text()
 
 
 def test_shards_hold_one_class_an_image():

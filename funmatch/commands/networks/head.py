@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.config import Head
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.reports import tables
 from funmatch.reports.result import Result
 from funmatch.runtime.log import print_line, print_table
@@ -24,14 +25,19 @@ def run(config: Head, given: Mapping[str, Any] | None = None) -> Result:
 def show(result: Result) -> None:
     """Prints the values that were tried, and the metrics of the model."""
     found = result.metrics
+    task = task_of_metrics(found)
     rows = [
-        [f"{each['value']:g}" + " ←" * (each["value"] == found["chosen"]), percent(each["top1"]), number(each["nll"])]
+        [
+            f"{each['value']:g}" + " ←" * (each["value"] == found["chosen"]),
+            percent(each[task.score]),
+            number(each["nll"]),
+        ]
         for each in found["tried"]
-        if "top1" in each
+        if task.score in each
     ]
     if rows:
         title = f"{found['kind']} heads on the validation images"
-        print_table(title, [VALUES[found["kind"]], "top-1", "log loss (nats)"], rows)
+        print_table(title, [VALUES[found["kind"]], task.shown, "log loss (nats)"], rows)
     if found["pictures"]:
         tables.show(Result(result.folder, {name: value for name, value in found.items() if name != "model"}))
     out: Path | None = result.folder

@@ -47,8 +47,9 @@ class Head(Images, FinishedModel):
     kind: Annotated[Literal["linear", "knn", "means"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)] = (
         "linear"
     )
-    """Head to fit. linear: multinomial logistic regression. knn: the weighted vote of the nearest training images,
-    which become a part of the network. means: the nearest mean of a class."""
+    """Head to fit. linear: logistic regression, multinomial, or binary for each class with --task multilabel. knn: the
+    weighted vote of the nearest training images, which become a part of the network. means: the nearest mean of a
+    class."""
     # Called C in scikit-learn, as in the flag.
     strengths: Annotated[
         Numbers,
@@ -56,7 +57,8 @@ class Head(Images, FinishedModel):
             usual="15 from 1e-5 to 100"),
     ] = ()  # fmt: skip
     """Strengths of linear's L2 penalty to try, as scikit-learn's C: the smaller, the stronger. The best on the
-    validation images is taken: of those within a standard error of the best accuracy, that of least log loss."""
+    validation images is taken: of those within a standard error of the best accuracy, that of least log loss; with
+    --task multilabel that of the best mean average precision."""
     standardise: Annotated[bool, Opt(group=Group.STUDENT, changes=STUDENT)] = True
     """Fit linear to features with mean 0 and deviation 1, as scikit-learn's StandardScaler makes them. The weights that
     are saved are for the features as they are."""
@@ -78,8 +80,10 @@ class Head(Images, FinishedModel):
             moved = [f"--{type(self).opt(name).flag or name.replace('_', '-')}" for name in names if self.moved(name)]
             if moved and kind != self.kind:
                 found.append(f"{' and '.join(moved)} belong to --kind {kind}, not {self.kind}")
-        if self.task == "multilabel":
-            found.append("a head is fitted to one class an image; for several, train one: finetune --task multilabel")
+        if self.task == "multilabel" and self.kind != "linear":
+            found.append(f"--kind {self.kind} is for one class an image; omit it with --task multilabel")
+        if self.task == "multilabel" and self.class_weights != "none":
+            found.append("--class-weights is for one class an image; omit it with --task multilabel")
         if self.unlabelled:
             found.append("--unlabelled leaves no labels to fit a head to")
         return found + super().problems()

@@ -1,5 +1,7 @@
 """Fits multinomial logistic regression with an L2 penalty on all weights but the bias, as scikit-learn's.
 
+Where an image may have several classes, it is a binary one for each of them (scikit-learn's `OneVsRestClassifier`).
+
 The minimum of Σ loss + ‖W‖² / 2C is found by L-BFGS, whose first guess of the curvature is that of features of this
 covariance, so that the steps that it takes hardly depend on how the features are scaled or correlated. The product of
 the features with a direction is computed once, and the length of a step found on it without touching them again.
@@ -97,16 +99,18 @@ def fit_logistic(
 
     Args:
         features: (n, d), of mean 0 (`Moments.apply`): the bias, which has no penalty, takes the place of any other.
-        labels: (n,) int64.
-        classes: number of classes; for two the penalty is that of a single row of weights, as in scikit-learn.
+        labels: (n,) int64; or (n, classes) in {0, 1}, where an image may have several classes.
+        classes: number of classes; for two, of which an image has one, the penalty is that of a single row of weights,
+            as in scikit-learn.
         strengths: C, the inverse of the penalty.
         weights: of the classes in the loss, (classes,); None for all 1.
     """
-    problem = _Problem(features, labels, classes, weights)
+    one_each = labels.ndim == 1
+    problem = _Problem(features, labels, classes, weights) if one_each else _ProblemOfSets(features, labels, classes)
     place = torch.zeros(features.shape[1] + 1, classes, dtype=_precise(features.device), device=features.device)
     for strength in strengths:
         # A single row w has the logits ±w/2, whose squares add up to half of its own.
-        ridge = (2 if classes == 2 else 1) / (strength * len(features))
+        ridge = (2 if classes == 2 and one_each else 1) / (strength * len(features))
         place, steps, converged = _minimise(problem, place, ridge)
         yield LinearHead(place[:-1].double().cpu(), place[-1].double().cpu(), steps, converged)
 
@@ -114,7 +118,7 @@ def fit_logistic(
 class _Problem:
     """The mean loss of features and labels."""
 
-    def __init__(self, features: Tensor, labels: Tensor, classes: int, weights: Tensor | None) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, weights: Tensor | None = None) -> None:
         self.features, self.classes = features, classes
         self.labels = labels.to(features.device)
         self.weights = None if weights is None else weights.to(features)[self.labels][:, None]
@@ -166,6 +170,14 @@ class _Problem:
             return torch.cat([(gradient[:-1].T.contiguous() @ inverse).T, gradient[-1:] / spread])
 
         return apply
+
+
+class _ProblemOfSets(_Problem):
+    """The mean over images of the sum of the binary losses of all classes; labels are (n, classes) in {0, 1}."""
+
+    def residuals(self, scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for rows in _blocks(len(scores)):
+            yield rows, scores[rows].sigmoid() - self.labels[rows].to(scores.dtype)
 
 
 def _minimise(problem: _Problem, place: Tensor, ridge: float) -> tuple[Tensor, int, bool]:

@@ -52,7 +52,8 @@ def run(config: Evaluate, given: Modules | None = None) -> Result:
     metrics = dict(found.metrics)
     # Listing a large data set again takes longer than a page is worth that nobody asked for.
     few = sum(map(len, found.opened.cache.splits.values())) <= LISTED_AGAIN
-    images = _names(config, found) if found.scores and (config.per_image or (page and (config.report or few))) else []
+    for_page = found.scores and page and (config.report or few)
+    images = _names(config, found) if config.per_image or for_page else []
     if config.per_image:
         path = config.per_image.expanduser()
         per_image.write(path, found, images)
@@ -163,7 +164,9 @@ def lead(metrics: Mapping[str, Any], images: str) -> str:
         interval = rows.bounds(metrics["intervals"]["top1"])
         parts.append(f"{percent(metrics['top1'])} top-1 accuracy (95 % interval {interval})")
     if metrics.get("map") is not None:
-        parts.append(f"{percent(metrics['map'])} mean average precision")
+        interval = metrics["intervals"]["map"]
+        among = f" (95 % interval {rows.bounds(interval)})" if interval else ""
+        parts.append(f"{percent(metrics['map'])} mean average precision{among}")
     if (of_teacher := metrics.get("teacher_map", metrics["teacher_top1"])) is not None:
         parts.append(f"its teacher {percent(of_teacher)}")
     if metrics["agreement"] is not None:

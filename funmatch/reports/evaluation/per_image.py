@@ -5,12 +5,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from funmatch.ops.tasks import multilabel
 from funmatch.shipping.tables import Column, open_table
 from funmatch.training.evaluation.evaluate import Evaluation
 from funmatch.training.evaluation.figures import Scores
 
 ROWS = 4096
 """Lines that are written at a time."""
+SEPARATOR = ";"
+"""Between the classes of an image: the default of --label-separator."""
 Cells = tuple[str, type[str] | type[float] | type[bool], Sequence[Any]]
 """Name, type and cells of a column."""
 
@@ -22,8 +27,7 @@ def write(path: Path, found: Evaluation, images: Sequence[str]) -> None:
         path: the file, which appears when it is complete.
         images: names of the images.
     """
-    assert found.scores
-    cells = [*_columns(found, images)]
+    cells = [*(_columns if found.scores else _columns_of_sets)(found, images)]
     names = [name for name, _, _ in cells]
     lines = zip(*(values for *_, values in cells), strict=True)
     with open_table(path, "csv", [Column(name, kind) for name, kind, _ in cells]) as table:
@@ -61,6 +65,36 @@ def _of_model(scores: Scores, names: Sequence[str]) -> Iterator[Cells]:
         yield "correct_in_5", bool, _truths(scores, "top5")
         yield "nll", float, scores.columns["nll"].tolist()
     yield "entropy", float, scores.columns["entropy"].tolist()
+
+
+def _columns_of_sets(found: Evaluation, images: Sequence[str]) -> Iterator[Cells]:
+    """Yields the columns where an image has any number of classes, which stand in one cell, the first class first."""
+    first, *others = found.answers
+    names = found.names
+    chosen = multilabel.decisions(first.logits)
+    yield "image", str, images
+    if first.labels is not None:
+        yield "labels", str, _listed(first.labels == 1, names)
+    yield "predicted", str, _listed(chosen, names)
+    if first.labels is not None:
+        yield "correct", bool, (chosen == (first.labels == 1)).all(-1).tolist()
+        yield "nll", float, multilabel.cross_entropy(first.logits, first.labels).tolist()
+    if first.teacher_logits is not None:
+        compared = multilabel.compare(first.logits, first.teacher_logits)
+        yield "teacher", str, _listed(multilabel.decisions(first.teacher_logits), names)
+        yield "agreement", float, compared["agreement"].tolist()
+        yield "kl", float, compared["kl"].tolist()
+    for each, subject in zip(others, found.opened.subjects[1:], strict=True):
+        yield f"predicted of {subject.name}", str, _listed(multilabel.decisions(each.logits), names)
+    probabilities = first.logits.sigmoid()
+    for number, name in enumerate(names):
+        # The name behind, so that no head of a column begins as a formula.
+        yield f"probability of {name}", float, probabilities[:, number].tolist()
+
+
+def _listed(has: Tensor, names: Sequence[str]) -> list[str]:
+    """Returns the names of each image's classes, (n, classes) bool, as tables of labels have them."""
+    return [SEPARATOR.join(names[number] for number in row.nonzero().flatten().tolist()) for row in has]
 
 
 def _truths(scores: Scores, name: str) -> list[bool]:

@@ -122,13 +122,12 @@ def _models(corruptions: Metrics) -> Iterator[tuple[str, Metrics, dict[str, Any]
     for number, (name, values) in enumerate(models):
         is_teacher = bool(corruptions["teacher"]) and number == len(models) - 1
         look = {"color": GREY, "linestyle": "--"} if is_teacher else {"color": next(colors), "marker": "o"}
-        shown = values.get("top1") or values["agreement"]
-        yield plain_label(name), shown, look | {"linewidth": 1.5, "markersize": 3}
+        yield plain_label(name), values[rows.corruption_metric(values)], look | {"linewidth": 1.5, "markersize": 3}
 
 
 def _metric_of(corruptions: Metrics) -> str:
-    labelled = any("top1" in values for _, values in rows.corrupted_models(corruptions))
-    return "top-1 (%)" if labelled else "agreement (%)"
+    metrics = {rows.corruption_metric(values) for _, values in rows.corrupted_models(corruptions)}
+    return f"{next(name for key, name in rows.CORRUPTED.items() if key in metrics)} (%)"
 
 
 def _confusions(matrix: np.ndarray, names: tuple[str, ...]) -> Figure:

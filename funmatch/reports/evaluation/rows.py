@@ -21,8 +21,8 @@ def metric_rows(metrics: Metrics) -> list[list[str]]:
     teacher, intervals = metrics.get("of_teacher") or {}, metrics.get("intervals") or {}
     balanced = metrics.get("class_balanced") or {}
     rows = [
-        ["mean average precision (mAP)", percent(metrics.get("map")), ""],
-        ["teacher's mAP", percent(metrics.get("teacher_map")), ""],
+        ["mean average precision (mAP)", percent(metrics.get("map")), bounds(intervals.get("map"))],
+        ["teacher's mAP", percent(metrics.get("teacher_map")), bounds((teacher.get("intervals") or {}).get("map"))],
         ["F1 of all decisions (micro)", percent(metrics.get("f1_micro")), ""],
         ["mean F1 over classes (macro)", percent(metrics.get("f1_macro")), ""],
         [f"best F1 (micro), from {number(metrics.get('threshold'), 3)} on", percent(metrics.get("f1_best")), ""],
@@ -129,19 +129,29 @@ def corrupted_models(corruptions: Metrics | None) -> Iterator[tuple[str, Metrics
             yield short_name(name), values
 
 
-CORRUPTION_COLUMNS = ("corruption", *map(str, SEVERITIES), "mean", "agree@1")
+CORRUPTION_COLUMNS = ("corruption", *map(str, SEVERITIES), "mean", "agree@1", "F1")
+CORRUPTED = {"top1": "top-1", "map": "mAP", "agreement": "agreement with the teacher"}
+"""Metrics of corrupted images that are shown by severity, the first that there is, with their names for people."""
+
+
+def corruption_metric(values: Metrics) -> str:
+    """Returns the metric of a model that is shown by severity: without labels there is agreement alone."""
+    return next(name for name in CORRUPTED if name in values)
 
 
 def corruption_rows(values: Metrics) -> list[list[str]]:
-    """Formats a model's top-1 accuracy on corrupted images by severity, and its agreement (`CORRUPTION_COLUMNS`)."""
-    # Without labels there is agreement alone, which is then the value itself.
-    shown, agreement = (values["top1"], values.get("agreement")) if "top1" in values else (values["agreement"], None)
-    agreed = {kind: percent(_mean(shares)) for kind, shares in agreement["by_kind"].items()} if agreement else {}
-    rows = [["none", *[MISSING] * len(SEVERITIES), percent(shown["clean"]), percent((agreement or {}).get("clean"))]]
+    """Formats a model's accuracy on corrupted images by severity, its agreement and F1 (`CORRUPTION_COLUMNS`)."""
+    name = corruption_metric(values)
+    shown, others = values[name], [values.get(each) if each != name else None for each in ("agreement", "f1_micro")]
+
+    def beside(key: str) -> list[str]:
+        return [percent(each[key]) if each else MISSING for each in others]
+
+    rows = [["none", *[MISSING] * len(SEVERITIES), percent(shown["clean"]), *beside("clean")]]
     for kind, shares in shown["by_kind"].items():
-        rows.append([kind, *map(percent, shares), percent(_mean(shares)), agreed.get(kind, MISSING)])
-    last = [*map(percent, shown["by_severity"]), percent(shown["mean"]), percent((agreement or {}).get("mean"))]
-    return [*rows, ["mean", *last]]
+        means = [percent(_mean(each["by_kind"][kind])) if each else MISSING for each in others]
+        rows.append([kind, *map(percent, shares), percent(_mean(shares)), *means])
+    return [*rows, ["mean", *map(percent, shown["by_severity"]), percent(shown["mean"]), *beside("mean")]]
 
 
 def _mean(values: Sequence[float]) -> float:

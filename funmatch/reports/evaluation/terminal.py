@@ -53,7 +53,7 @@ def _show_classes(metrics: Mapping[str, Any]) -> None:
 
 def _show_corruptions(corruptions: Mapping[str, Any] | None) -> None:
     for name, values in rows.corrupted_models(corruptions):
-        metric = "top-1" if "top1" in values else "agreement with the teacher"
+        metric = rows.CORRUPTED[rows.corruption_metric(values)]
         title = f"{name}: {metric} on corrupted images, severities 1 to 5"
         print_table(title, *_used(rows.CORRUPTION_COLUMNS, rows.corruption_rows(values)))
 

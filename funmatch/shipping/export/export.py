@@ -41,10 +41,10 @@ def export(config: Export, model: TrainedModel, data: RealData | None) -> dict[s
         InputError: the folder exists, a network cannot be exported, or a file differs from PyTorch.
     """
     out = place_of(config, model)
-    if config.quantize and model.classifier.card.task == "multilabel":
+    if config.quantize and config.probabilities and model.classifier.card.task == "multilabel":
         raise InputError(
-            f"--quantize measures what is lost by the first class of each image, and {model.name} gives any number of "
-            "classes; export it without --quantize"
+            f"--quantize compares logits where an image may have several classes, as {model.name} gives them; omit "
+            "--probabilities"
         )
     job = make_job(
         model, uint8=config.input == "uint8", probabilities=config.probabilities, opset=config.opset,

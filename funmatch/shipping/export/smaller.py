@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from funmatch.config import Evaluate, Export
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime.disk.json_files import EACH, read_json
 from funmatch.runtime.log import info
 from funmatch.shipping.quantize.quantize import How, quantize_onnx
@@ -53,11 +54,12 @@ def write_smaller(config: Export, data: RealData, source: Path) -> dict[str, Any
         trained=_trained_ranges(model),
     )  # fmt: skip
     teacher = _teacher_logits(config, data, [calibration, validation])
+    task = task_of(model.classifier.card.task)
     result = quantize_onnx(
         source,
         source.with_name(FILES[bits]),
-        Images(calibration, teacher=teacher[0]),
-        Images(validation, _labels(validation, model), teacher[1]),
+        Images(calibration, teacher=teacher[0], task=task),
+        Images(validation, _labels(validation, model), teacher[1], task),
         how,
     )
     found = result.to_json() | {

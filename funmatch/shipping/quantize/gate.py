@@ -25,7 +25,7 @@ class Sensitivity:
         layer: its name in the network.
         weights: number of its weights.
         kl: KL(fp32 model ‖ this model), the mean over images in nats.
-        same: share of the images whose first class stays.
+        same: share of the images whose first class, or of the decisions that, stays.
     """
 
     layer: str
@@ -54,13 +54,15 @@ class Gate:
 
     def drop(self, after: Score) -> float:
         """Returns how much a model loses, in percentage points; negative for a gain."""
-        if self.before.top1 is None or after.top1 is None:
+        if self.before.accuracy is None or after.accuracy is None:
             return 100 * (1 - after.same)
-        return 100 * (self.before.top1 - after.top1)
+        return 100 * (self.before.accuracy - after.accuracy)
 
     def interval(self, after: Score) -> tuple[float, float]:
         """Returns the 95 % interval of `drop`, in percentage points: of what other images like these would lose."""
-        if self.before.top1 is None or after.gained is None or after.lost is None:
+        if after.map_lost is not None:
+            low, high = after.map_lost
+        elif self.before.top1 is None or after.gained is None or after.lost is None:
             low, high = wilson(1 - after.same, after.images) or (0.0, 1.0)
         else:
             # Of the same images: what both have right or wrong says nothing about the difference.
@@ -95,7 +97,7 @@ def measure_sensitivity(
     path, found = folder / "layer.onnx", []
     for layer in track(graph.layers, len(graph.layers), "layers"):
         write_int8(graph, ranges, path, only=layer.node)
-        column = compare(logits_of(open_runtime(path, threads), batches), plain)
+        column = compare(logits_of(open_runtime(path, threads), batches), plain, images.task)
         found.append(Sensitivity(layer.name, layer.weights, column["kl"], column["agreement"]))
     return tuple(sorted(found, key=lambda each: -each.kl))
 

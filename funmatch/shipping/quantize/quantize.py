@@ -8,6 +8,7 @@ from typing import Any
 
 from funmatch.errors import InputError, WorkFailed
 from funmatch.ops.intervals import wilson
+from funmatch.ops.tasks.task import MULTILABEL
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import info
 from funmatch.runtime.text import counted
@@ -188,7 +189,7 @@ def _best_ranges(graph: Graph, images: Images, folder: Path, how: How) -> tuple[
         write_int8(graph, ranges, path)
         _, logits = score(path, images, plain, threads=how.threads)
         # KL where equal shares agree: of few images many ways have the same.
-        column = compare(logits, reference)
+        column = compare(logits, reference, images.task)
         # fp32 between the layers costs speed, which a difference of a few images is not worth.
         margin = 0.0 if ranges.outputs else MARGIN
         found.append(((column["agreement"] - margin, -column["kl"]), ranges))
@@ -204,7 +205,8 @@ def _with_latency(path: Path, each: Score, batch: Array, threads: int | None) ->
 
 def _loss(gate: Gate, after: Score) -> str:
     """Says what a model loses, and how well the images tell it."""
-    what = "accuracy" if gate.before.top1 is not None else "agreement with the fp32 model"
+    measured = "mean average precision" if gate.before.map is not None else "accuracy"
+    what = measured if gate.before.accuracy is not None else "agreement with the fp32 model"
     low, high = gate.interval(after)
     return (
         f"{gate.drop(after):.2f} points of {what} on {counted(after.images, 'validation image')} "
@@ -217,6 +219,9 @@ def _too_few(gate: Gate, after: Score) -> str:
     low, high = wilson(after.same, after.images) or (0.0, 1.0)
     # The first class changes more often than accuracy does, and of few images it is the better known of the two.
     same = f"{100 * after.same:.1f} % of them keep their first class (95 % interval {100 * low:.1f} … {100 * high:.1f})"
+    if gate.images.task is MULTILABEL:
+        # Those of an image are not independent of each other, so that they have no interval.
+        same = f"{100 * after.same:.1f} % of the decisions on their classes stay"
     return (
         f"WARNING: too few images for --max-drop {gate.max_drop:g}: it loses {_loss(gate, after)}; {same}. Evaluate "
         "it on more images, or pass other --data to the export"

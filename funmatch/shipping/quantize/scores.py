@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from funmatch.ops import metrics
+from funmatch.ops.tasks import ranking
+from funmatch.ops.tasks.task import MULTICLASS, MULTILABEL, Task
 from funmatch.shipping.runtimes import Runtime, open_runtime
 
 SECONDS, WARM, RUNS = 1.5, 3, 200
@@ -22,13 +24,16 @@ class Images:
 
     Attributes:
         batches: (n, 3, side, side) arrays of float32 in [0, 1] each; iterated several times.
-        labels: (images,) class numbers, −1 for none; None where no image has one.
+        labels: (images,) class numbers, −1 for none; or (images, classes) in {0, 1} of several an image; None where no
+            image has one.
         teacher: (images, classes) logits of the teacher; None where there is none.
+        task: what outputs and labels mean.
     """
 
     batches: Iterable[Array]
     labels: Array | None = None
     teacher: Array | None = None
+    task: Task = MULTICLASS
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,17 @@ class Score:
     """How good, large and fast a model is.
 
     Attributes:
-        top1: accuracy, in [0, 1]; None without labels.
-        agreement: share of the images whose first class is the teacher's; None without a teacher.
-        same: share of the images whose first class is that of the fp32 model.
+        top1: accuracy, in [0, 1]; None without labels, and where an image may have several classes.
+        agreement: share of the images whose first class is the teacher's, or of the decisions on all classes; None
+            without a teacher.
+        same: the same with the fp32 model in place of the teacher.
         kl: KL(fp32 model ‖ this model), the mean over images in nats.
         images: number of images.
         gained, lost: images that this model, and the fp32 model, alone has right; None without labels.
         bytes: size of the file.
         milliseconds: median latency for one image; None where it was not measured.
+        map: mean average precision where an image may have several classes; None without labels.
+        map_lost: 95 % interval of what it is less than that of the fp32 model.
     """
 
     top1: float | None
@@ -55,6 +63,13 @@ class Score:
     lost: int | None
     bytes: int
     milliseconds: float | None = None
+    map: float | None = None
+    map_lost: tuple[float, float] | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The metric by which a loss is measured; None without labels."""
+        return self.top1 if self.map is None else self.map
 
 
 def logits_of(runtime: Runtime, batches: Iterable[Array]) -> Array:
@@ -74,21 +89,27 @@ def score(path: Path, images: Images, plain: Array | None = None, *, threads: in
     """
     logits = logits_of(open_runtime(path, threads), images.batches)
     reference = logits if plain is None else plain
-    column = compare(logits, reference)
-    top1 = gained = lost = None
+    column = compare(logits, reference, images.task)
+    top1 = gained = lost = precision = precision_lost = None
     if images.labels is not None and (images.labels >= 0).all():
-        right, before = (torch.from_numpy(each.argmax(-1) == images.labels) for each in (logits, reference))
-        top1, (gained, lost) = right.double().mean().item(), metrics.alone_right(right, before)
+        if images.task is MULTILABEL:
+            own, before, labels = map(torch.from_numpy, (logits, reference, images.labels))
+            precision = images.task.accuracy(own, labels)
+            precision_lost = ranking.difference_interval(before, own, labels)
+        else:
+            right, before = (torch.from_numpy(each.argmax(-1) == images.labels) for each in (logits, reference))
+            top1, (gained, lost) = right.double().mean().item(), metrics.alone_right(right, before)
     agreement = None
     if images.teacher is not None:
-        agreement = float((logits.argmax(-1) == images.teacher.argmax(-1)).mean())
+        agreement = compare(logits, images.teacher, images.task)["agreement"]
     same, kl, count = column["agreement"], column["kl"], len(logits)
-    return Score(top1, agreement, same, kl, count, gained, lost, path.stat().st_size), logits
+    found = Score(top1, agreement, same, kl, count, gained, lost, path.stat().st_size)
+    return replace(found, map=precision, map_lost=precision_lost), logits
 
 
-def compare(logits: Array, reference: Array) -> dict[str, float]:
+def compare(logits: Array, reference: Array, task: Task = MULTICLASS) -> dict[str, float]:
     """Returns `agreement` and `kl` (nats, of the reference from the logits), means over images; (n, classes) each."""
-    columns = metrics.per_image(torch.from_numpy(logits), None, torch.from_numpy(reference))
+    columns = task.compare(torch.from_numpy(logits), torch.from_numpy(reference))
     return {name: float(columns[name].double().mean()) for name in ("agreement", "kl")}
 
 

@@ -20,6 +20,8 @@ NO_CLASSES: dict[str, Any] = dict.fromkeys(
     ("top1", "top5", "agreement", "agreement5", "kl", "ece", "teacher", "teacher_top1")
 )
 """Metrics of a model without classes, which has features alone."""
+OF_TEACHER_SETS = ("map", "f1_micro", "f1_macro", "nll", "brier", "intervals")
+"""Metrics of a teacher that gives an image any number of classes."""
 SHOWN_IMAGES = 24
 """Images on which model and teacher differ most that a result lists."""
 
@@ -34,6 +36,7 @@ class Evaluation:
         scores: of the first model; None where it has no classes.
         names: of the classes.
         others: scores of the models that it is compared with.
+        answers: of all models, where images have any number of classes.
     """
 
     opened: Opened
@@ -41,6 +44,7 @@ class Evaluation:
     scores: Scores | None = None
     names: tuple[str, ...] = ()
     others: list[Scores] = field(default_factory=list)
+    answers: list[label_sets.Answers] = field(default_factory=list)
 
 
 def run(config: Evaluate, given: Modules | None = None) -> dict[str, Any]:
@@ -104,9 +108,8 @@ def _evaluate_sets(opened: Opened, config: Evaluate, headless: list[str]) -> Eva
     Raises:
         InputError: what was asked for is a measure of one class an image.
     """
-    asked = [name for name in ("per_image", "corruptions", "embedding") if getattr(config, name)]
-    if asked or headless:
-        what = f"--{asked[0].replace('_', '-')}" if asked else f"evaluation of {headless[0]}, which has no classes,"
+    if config.embedding or headless:
+        what = "--embedding" if config.embedding else f"evaluation of {headless[0]}, which has no classes,"
         raise InputError(f"{what} is for one class an image; omit it with --task multilabel")
     first, *others = opened.subjects
     labels = opened.split.labels(slice(None)) if opened.split.labelled else None
@@ -118,17 +121,19 @@ def _evaluate_sets(opened: Opened, config: Evaluate, headless: list[str]) -> Eva
     for other, own in compared:
         check_same_classes(first, other, (logits[0].shape[-1], own.shape[-1]))
     names = class_names(opened, logits[0].shape[-1])
+    answers = [label_sets.Answers(own, labels, teacher_logits) for own in logits]
     found = [
-        NO_CLASSES | label_sets.figures(own, labels, teacher_logits, names) | _about(each, opened)
+        NO_CLASSES | label_sets.figures(own, labels, teacher_logits, names, config.seed) | _about(each, opened)
         for each, own in zip(opened.subjects, logits, strict=True)
     ]
     metrics = found[0] | {"teacher": None, "teacher_map": None}
     if opened.teachers and teacher_logits is not None:
-        own = label_sets.figures(teacher_logits, labels, None, names)
+        own = label_sets.figures(teacher_logits, labels, None, names, config.seed)
         metrics |= {"teacher": opened.teachers.name, "teacher_map": own["map"]}
-        metrics["of_teacher"] = {name: own[name] for name in ("map", "f1_micro", "f1_macro", "nll", "brier")}
+        metrics["of_teacher"] = {name: own[name] for name in OF_TEACHER_SETS}
+    metrics |= {"corruptions": robustness.measure(opened, config)} if config.corruptions else {}
     metrics |= {"others": found[1:]} if others else {}
-    return Evaluation(opened, run_folder.finite(metrics), None, names)
+    return Evaluation(opened, run_folder.finite(metrics), None, names, answers=answers)
 
 
 def _has_no_classes(subject: Subject) -> bool:

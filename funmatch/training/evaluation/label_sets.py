@@ -1,6 +1,7 @@
 """Computes the metrics of a model that gives an image any number of classes: of all images, and of each class."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,23 @@ from funmatch.ops.tasks import multilabel, ranking
 from funmatch.training.run.folder import finite
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What one model, and its teacher, say of the images of a split.
+
+    Attributes:
+        logits: (n, classes).
+        labels: (n, classes) in {0, 1}, or None without labels.
+        teacher_logits: (n, classes), or None without a teacher.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    teacher_logits: Tensor | None
+
+
 def figures(
-    logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None, names: Sequence[str]
+    logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None, names: Sequence[str], seed: int
 ) -> dict[str, Any]:
     """Returns all metrics of one model on a split.
 
@@ -20,15 +36,17 @@ def figures(
         labels: (n, classes) in {0, 1}, or None without labels.
         teacher_logits: (n, classes), or None without a teacher.
         names: of the classes.
+        seed: of the bootstrap intervals.
 
     Returns:
         those of `multilabel.measure`; `nll` and `brier`, the means over images and classes of the binary cross-entropy
         and of (p − y)²; `threshold` and `f1_best`, the probability from which on classes are to be predicted for the
         highest F1 score on these very images, and that score; `without_images`, the number of classes that no image
-        has, which `map` and `f1_macro` leave out; and `classes`, a row each. None where labels are missing.
+        has, which `map` and `f1_macro` leave out; `intervals`, that of `map`; and `classes`, a row each. None where
+        labels are missing.
     """
     found: dict[str, Any] = multilabel.measure(logits, labels, teacher_logits)
-    found |= dict.fromkeys(("nll", "brier", "threshold", "f1_best", "without_images"))
+    found |= dict.fromkeys(("nll", "brier", "threshold", "f1_best", "without_images")) | {"intervals": {}}
     if labels is not None:
         probabilities = logits.float().sigmoid()
         found["nll"] = multilabel.cross_entropy(logits, labels).double().mean().item()
@@ -36,6 +54,7 @@ def figures(
         found["without_images"] = int((labels.sum(0) == 0).sum())
         if labels.any():
             found["threshold"], found["f1_best"] = ranking.best_threshold(probabilities, labels)
+            found["intervals"] = {"map": ranking.precision_interval(logits.float(), labels, seed)}
     return found | {"classes": class_rows(logits, labels, teacher_logits, names)}
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from funmatch.config import Evaluate
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops.corruptions import CORRUPTIONS, SEVERITIES, Damage
+from funmatch.ops.tasks import multilabel
 from funmatch.runtime.log import track
 from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.subject import Opened
@@ -18,9 +19,10 @@ def measure(opened: Opened, config: Evaluate) -> dict[str, Any]:
     """Measures each model and the teacher on corrupted images, which are the same for all.
 
     Returns:
-        `images`, `seed`, `kinds`; `models`: for each by its name `top1` (with labels) and `agreement` (with a teacher),
-        each with `by_kind`, five numbers a corruption, their means `by_severity` and `mean`, and `clean`, that of the
-        same images as they are; and `teacher`, the same of the teacher, or None.
+        `images`, `seed`, `kinds`; `models`: for each by its name `top1`, or `map` and `f1_micro` of any number of
+        classes an image (with labels), and `agreement` (with a teacher), each with `by_kind`, five numbers a
+        corruption, their means `by_severity` and `mean`, and `clean`, that of the same images as they are; and
+        `teacher`, the same of the teacher, or None.
     """
     split = opened.split
     if len(split) > config.corruption_images:
@@ -44,15 +46,27 @@ def _measure_one(
 ) -> dict[str | None, dict[str, float]]:
     """Returns the metrics of each model, and of the teacher under None, on one kind of images."""
     found: dict[str | None, dict[str, float]] = {}
-    first = None
+    values = _values_of_sets if split.task == "multilabel" else _values
+    teacher_logits = None
     if opened.teachers:
-        first = opened.teachers.predict(split, damage).argmax(-1)
-        found[None] = {} if labels is None else {"top1": (first == labels).double().mean().item()}
-    for subject in opened.subjects:
-        own = subject.predict(split, damage).argmax(-1)
-        values = {} if labels is None else {"top1": (own == labels).double().mean().item()}
-        found[subject.name] = values | ({} if first is None else {"agreement": (own == first).double().mean().item()})
-    return found
+        teacher_logits = opened.teachers.predict(split, damage)
+        found[None] = values(teacher_logits, labels, None)
+    return found | {each.name: values(each.predict(split, damage), labels, teacher_logits) for each in opened.subjects}
+
+
+def _values(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> dict[str, float]:
+    """Returns the metrics of one class an image."""
+    own = logits.argmax(-1)
+    found = {} if labels is None else {"top1": (own == labels).double().mean().item()}
+    if teacher_logits is None:
+        return found
+    return found | {"agreement": (own == teacher_logits.argmax(-1)).double().mean().item()}
+
+
+def _values_of_sets(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> dict[str, float]:
+    """Returns the metrics of any number of classes an image."""
+    found = multilabel.measure(logits, labels, teacher_logits)
+    return {name: value for name in ("map", "f1_micro", "agreement") if (value := found[name]) is not None}
 
 
 def _summarize(values: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

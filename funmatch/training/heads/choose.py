@@ -17,6 +17,7 @@ from funmatch.ops.embeddings import find_neighbours, vote
 from funmatch.ops.heads.logistic import LinearHead, fit_logistic, moments
 from funmatch.ops.heads.means import class_means, nearest_mean
 from funmatch.ops.tasks.multiclass import accuracy
+from funmatch.ops.tasks.task import MULTICLASS, MULTILABEL, Task, task_of
 from funmatch.runtime.log import ProgressBar, info
 
 PATIENCE = 3
@@ -26,7 +27,7 @@ longer the fit."""
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features (n, d) float32 of images, and their labels (n,) int64."""
+    """Features (n, d) float32 of images, and their labels, (n,) int64; (n, classes) in {0, 1} of several an image."""
 
     features: Tensor
     labels: Tensor
@@ -53,7 +54,8 @@ class FittedHead:
 
     Attributes:
         head: gives logits of features as the backbone computes them.
-        tried: of each that was tried its `value`, and `top1` and `nll` on the validation images.
+        tried: of each that was tried its `value`, and `nll` and `top1`, or `map` of several classes an image, on the
+            validation images.
         chosen: the value that was chosen.
     """
 
@@ -72,38 +74,42 @@ def fit_head(config: Head, train: Labelled, val: Labelled | None, classes: int, 
         val: the validation images; None where one value is given.
         device: on which the fits are computed.
     """
+    task = task_of(config.task)
     tried, found = [], []
     with ProgressBar(config.kind, max(1, len(config.tried))) as bar:
         for done, fit in enumerate(FITS[config.kind](config, train, val, classes, device), 1):
             scores, scale = {}, 1.0
             if val and fit.logits is not None:
                 scale = _scale(fit.logits, val.labels) if config.calibrate else 1.0
-                scores = _scores(scale * fit.logits, val.labels)
+                scores = _scores(task, scale * fit.logits, val.labels)
             value = scale if fit.value is None else fit.value
             tried.append({"value": value} | scores)
             found.append((value, scale, fit.head))
-            bar.update(done, f"validation {scores['top1']:.1%}" if scores else "")
-            if scores and not config.strengths and _is_past_best(tried):
+            bar.update(done, f"validation {scores[task.score]:.1%}" if scores else "")
+            if scores and not config.strengths and _is_past_best(tried, task.score):
                 break
-    value, scale, head = found[_best(tried, len(val.labels)) if val else 0]
+    value, scale, head = found[_best(tried, task, len(val.labels)) if val else 0]
     _note_edge(config, value)
     return FittedHead(head.scaled(scale), tried, value)
 
 
-def _is_past_best(tried: list[dict[str, Any]]) -> bool:
-    """Returns whether neither accuracy nor log loss became better by the last values."""
+def _is_past_best(tried: list[dict[str, Any]], score: str) -> bool:
+    """Returns whether neither accuracy, under the name `score`, nor log loss became better by the last values."""
     earlier, last = tried[:-PATIENCE], tried[-PATIENCE:]
     return bool(earlier) and (
-        max(each["top1"] for each in last) <= max(each["top1"] for each in earlier)
+        max(each[score] for each in last) <= max(each[score] for each in earlier)
         and min(each["nll"] for each in last) >= min(each["nll"] for each in earlier)
     )
 
 
-def _best(tried: list[dict[str, Any]], images: int) -> int:
+def _best(tried: list[dict[str, Any]], task: Task, images: int) -> int:
     """Returns the place of the best: of those within a standard error of the best accuracy, that of least log loss.
 
     Accuracies that a few images decide would choose among equals by chance, and may choose useless probabilities.
+    Mean average precision, which all ranks of all classes decide, is taken as it is.
     """
+    if task is MULTILABEL:
+        return min((-each["map"], each["nll"], place) for place, each in enumerate(tried))[2]
     top1 = max(each["top1"] for each in tried)
     least = top1 - (top1 * (1 - top1) / images) ** 0.5
     return min((each["nll"], place) for place, each in enumerate(tried) if each["top1"] >= least)[1]
@@ -112,8 +118,12 @@ def _best(tried: list[dict[str, Any]], images: int) -> int:
 def _scale(logits: Tensor, labels: Tensor) -> float:
     """Returns the factor of logits (n, classes) with the least log loss, as if one more image were given a wrong class.
 
-    Without that image there would be no such factor where all predictions are right: the larger the better.
+    Without that image there would be no such factor where all predictions are right: the larger the better. Where an
+    image may have several classes, each is a case of its own, of two outcomes.
     """
+    if labels.ndim == 2:
+        present = logits.flatten()
+        logits, labels = torch.stack([torch.zeros_like(present), present], 1), labels.flatten().long()
     ranked = logits.topk(2, dim=-1)
     # One that the head is as sure of as of most.
     usual = (ranked.values[:, 0] - ranked.values[:, 1]).median(0).indices
@@ -123,8 +133,11 @@ def _scale(logits: Tensor, labels: Tensor) -> float:
     return 1.0 if temperature is None else 1 / temperature
 
 
-def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    return {"top1": accuracy(logits, labels), "nll": F.cross_entropy(logits, labels).item()}
+def _scores(task: Task, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    if task is MULTICLASS:
+        return {"top1": accuracy(logits, labels), "nll": F.cross_entropy(logits, labels).item()}
+    # None of the images may have a class, and all rankings are then alike.
+    return {"map": task.accuracy(logits, labels) or 0.0, "nll": task.label_loss(logits, labels).mean().item()}
 
 
 Fits = Callable[[Head, Labelled, Labelled | None, int, torch.device], Iterator[Fit]]

@@ -19,7 +19,8 @@ RECORD = "head.json"
 FORMAT = 1
 RESULT = {
     "top1": float | None, "split": str, "pictures": int, "held_out_of?": int, "parameters": int, "seconds": float,
-    "kind": str, "chosen": float | None, "tried": [{"value": float, "top1?": float, "nll?": float}],
+    "kind": str, "chosen": float | None, "map?": float | None,
+    "tried": [{"value": float, "top1?": float, "map?": float, "nll?": float}],
 }  # fmt: skip
 FACTS = {"data": "the data's content", "backbone": "the backbone's content"}
 """Facts that are compared when the same folder is named again."""

@@ -18,6 +18,7 @@ from funmatch.models.heads.headed import HEADED, attach, put_behind
 from funmatch.models.inference.outputs import is_close
 from funmatch.models.load import load
 from funmatch.models.names import GIVEN, LOCAL
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import devices, env
 from funmatch.runtime.functions import OWN
 from funmatch.runtime.log import info
@@ -43,8 +44,8 @@ def run(config: Head, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
     Returns:
         what `result.json` holds: the metrics of `scoring.score`; `split`, `pictures`, `held_out_of`; `kind`, `chosen`,
-        `tried` (of each value `top1` and `nll` on the validation images); `train`, `features` (number), `classes`;
-        `parameters`, `model`, `out`, `seconds` and of these `seconds_features` and `seconds_fit`.
+        `tried` (of each value `top1`, or `map`, and `nll` on the validation images); `train`, `features` (number),
+        `classes`; `parameters`, `model`, `out`, `seconds` and of these `seconds_features` and `seconds_fit`.
 
     Raises:
         InputError: the images have no labels, the backbone has no features, or the folder holds something else.
@@ -124,7 +125,7 @@ class _Work:
         fitted = fit_head(config, train, splits.get("val"), len(self.cache.classes), self.backbone.view.device)
         fit = time.monotonic() - computed
         scores = self._scores(fitted, splits)
-        self._write(fitted, scores["top1"])
+        self._write(fitted, scores)
         found = scores | {
             "kind": config.kind, "chosen": fitted.chosen, "tried": fitted.tried,
             "train": len(train.labels), "features": train.features.shape[-1], "classes": len(self.cache.classes),
@@ -147,17 +148,20 @@ class _Work:
         name = next((name for name in ("test", "val") if name in splits), None)
         if name is None:
             # Figures on the images that it was fitted to would look better than they are.
-            return {"top1": None, "top5": None, "ece": None, "split": "train", "pictures": 0}
+            score = task_of(self.config.task).score
+            return {"top1": None, "top5": None, "ece": None, score: None, "split": "train", "pictures": 0}
         split = self.cache.splits[name]
         scores = scoring.score(fitted.head(splits[name].features), split)
         return scores | datasets.about_images(split, self.cache, self.config.val)
 
-    def _write(self, fitted: FittedHead, top1: float | None) -> None:
+    def _write(self, fitted: FittedHead, scores: Mapping[str, Any]) -> None:
         """Writes the network with the head."""
         classifier, view = self.trained.classifier.cpu(), self.backbone.view
         out, names = self.config.out.expanduser(), self.cache.classes
-        classifier.card = replace(classifier.card, squash=view.squash)
-        about: dict[str, object] = {"verb": "head", "top1": top1, "backbone": self.config.model}
+        task = task_of(self.config.task)
+        classifier.card = replace(classifier.card, squash=view.squash, task=task.name)
+        about: dict[str, object] = {"verb": "head", "top1": scores["top1"], "backbone": self.config.model}
+        about |= {task.score: scores[task.score]}
         # Behind the network where its constructor cannot make the last layer of this size, which only loading shows.
         for put in (attach, put_behind):
             put(classifier, fitted.head, names, view.side)
