@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from funmatch.ops.tasks.ranking import mean_average_precision
+
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 """Neighbours and temperature of the protocol of DINO (Caron et al., 2021, appendix F)."""
@@ -20,16 +22,23 @@ def nearest_neighbours(
     Each of the k neighbours of the largest cosine similarity s votes exp(s / temperature) for its class.
 
     Args:
-        train: embeddings (n, d) of training images, and their `labels` (n,) int64.
+        train: embeddings (n, d) of training images, and their `labels`, (n,) int64, or (n, classes) in {0, 1} where an
+            image may have several classes and its neighbour votes for each.
         queries: embeddings (m, d).
         classes: number of classes.
         k: neighbours; all where there are fewer.
         temperature: the smaller, the more the nearest count.
 
     Returns:
-        votes (m, classes) float32.
+        votes (m, classes) float32; of several classes the share of the votes that each has, by which images are ranked.
     """
     train, queries = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (train, queries))
+    if labels.ndim == 2:
+        similarity, places = find_neighbours(train, torch.arange(len(train)), queries, k)
+        shares = (similarity / temperature).softmax(-1)
+        # Some images at a time: the labels of all their neighbours would be twenty times those of the images.
+        parts = zip(shares.split(ROWS), places.split(ROWS), strict=True)
+        return torch.cat([torch.einsum("mk,mkc->mc", share, labels[rows].float()) for share, rows in parts])
     return vote(*find_neighbours(train, labels, queries, k), classes, temperature)
 
 
@@ -59,14 +68,14 @@ def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 
 
 
 def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...]) -> list[Tensor]:
-    """Fits linear probes by least squares to one-hot targets, with an L2 penalty on all weights but the bias.
+    """Fits linear probes by least squares to targets of 0 and 1, with an L2 penalty on all weights but the bias.
 
     Solved in closed form, in float64, from one eigendecomposition for all strengths: that of the covariance of the
     features, whose condition the penalty bounds.
 
     Args:
         features: (n, d).
-        labels: (n,) int64.
+        labels: (n,) int64, or (n, classes) in {0, 1}.
         classes: number of classes.
         strengths: penalties; each is multiplied by the mean variance of the features, so that their scale cancels.
 
@@ -76,9 +85,13 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[f
     features = features.double()
     center = features.mean(0)
     centered = features - center
-    shares = torch.bincount(labels, minlength=classes).double() / len(labels)
-    # Σ over images of (feature − mean) · target is a sum over each class's images, since targets are one-hot.
-    cross = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, centered).T / len(labels)
+    if labels.ndim == 2:
+        shares, cross = labels.double().mean(0), centered.T @ labels.double() / len(labels)
+    else:
+        shares = torch.bincount(labels, minlength=classes).double() / len(labels)
+        # Σ over images of (feature − mean) · target is a sum over each class's images, since targets are one-hot.
+        cross = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, centered).T
+        cross /= len(labels)
     values, vectors = torch.linalg.eigh(centered.T @ centered / len(labels))
     scale = values.clamp(min=0).mean().clamp(min=1e-300)
     rotated = vectors.T @ cross
@@ -108,7 +121,14 @@ def linear_probe(train: Tensor, labels: Tensor, queries: Tensor, classes: int) -
     if not held_out.any():
         return apply_probe(queries, fit_ridge(train, labels, classes, (RIDGES[0],))[0]), RIDGES[0]
     probes = fit_ridge(train[~held_out], labels[~held_out], classes, RIDGES)
-    right = [(apply_probe(train[held_out], each).argmax(-1) == labels[held_out]).double().mean() for each in probes]
+    right = [_accuracy(apply_probe(train[held_out], each), labels[held_out]) for each in probes]
     # Of equals the strongest penalty: it is the simplest.
     best = max(range(len(RIDGES)), key=lambda i: (right[i], i))
     return apply_probe(queries, fit_ridge(train, labels, classes, (RIDGES[best],))[0]), RIDGES[best]
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Returns the share of images that are right, or the mean average precision of several classes an image."""
+    if labels.ndim == 2:
+        return mean_average_precision(scores, labels) or 0.0
+    return (scores.argmax(-1) == labels).double().mean().item()

@@ -26,6 +26,17 @@ def test_votes_equal_those_of_scikit_learn():
     assert shares.numpy() == pytest.approx(model.predict_proba(queries.numpy()), abs=1e-4)
 
 
+def test_ridge_weights_for_several_classes_equal_those_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, numbers = clusters(200)
+    labels = (torch.rand(200, 4, generator=torch.Generator().manual_seed(5)) < 0.3) | (numbers[:, None] == 1)
+    scale = features.double().var(0, correction=0).mean().item()
+    for strength, weights in zip(RIDGES, fit_ridge(features, labels.float(), 4, RIDGES), strict=True):
+        model = linear_model.Ridge(alpha=200 * strength * scale).fit(features.double().numpy(), labels.double().numpy())
+        assert weights[:-1].numpy() == pytest.approx(model.coef_.T, abs=1e-6)
+        assert weights[-1].numpy() == pytest.approx(model.intercept_, abs=1e-6)
+
+
 def test_fewer_images_than_neighbours_all_vote():
     votes = nearest_neighbours(torch.eye(2), torch.tensor([1, 0]), torch.tensor([[0.0, 3.0]]), 3)
     assert votes.argmax(1).tolist() == [0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn import linear_model
+from sklearn import linear_model, neighbors
 from sklearn import metrics as sklearn_metrics
 from test_distill import records
 from test_teachers import classifier
@@ -73,6 +73,11 @@ def student(table, teacher, tmp_path_factory):
 
 def truth(table, split):
     return open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits[split].labels(slice(None))
+
+
+def features_of(backbone, table, split):
+    """Features of a saved network on a split."""
+    return answers(Features(load(backbone)), table, split)
 
 
 def answers(model, table, split):
@@ -156,8 +161,24 @@ def test_evaluate_knows_the_task_of_a_run(student, table, tmp_path):
         each = [sklearn_metrics.average_precision_score(labels[rows, n], logits[rows, n]) for n in some]
         drawn.append(np.mean(each))
     assert found["intervals"]["map"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.04)
-    with pytest.raises(InputError, match="embedding is for one class an image"):
-        funmatch.evaluate(run.folder, embedding=True)
+
+
+def test_features_are_measured_by_mean_average_precision(student, teacher, table, tmp_path):
+    run, _ = student
+    both = funmatch.evaluate(run.folder, others=(str(teacher.folder),), embedding=True, report=tmp_path / "page.html")
+    assert "20 nearest neighbours, mAP" in (tmp_path / "page.html").read_text()
+    known, queries = (features_of(str(run.folder / "student"), table, name) for name in ("train", "test"))
+    unit = torch.nn.functional.normalize(known).numpy()
+    model = neighbors.KNeighborsRegressor(
+        20, algorithm="brute", metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(unit, truth(table, "train"))
+    votes, labels = model.predict(queries.numpy()), truth(table, "test")
+    expected = np.mean([sklearn_metrics.average_precision_score(labels[:, n], votes[:, n]) for n in range(3)])
+    found = both["embedding"]
+    assert found["knn"]["map"] == pytest.approx(expected, abs=1e-6)
+    low, high = found["probe"]["intervals"]["map"]
+    assert low <= found["probe"]["map"] <= high
+    assert both["others"][0]["embedding"]["knn"]["map"] > 0.5
 
 
 def test_a_line_an_image_lists_its_classes(student, table, tmp_path):
@@ -304,10 +325,7 @@ def test_a_head_is_fitted_to_each_class(teacher, table, tmp_path):
     best = max(found["tried"], key=lambda each: each["map"])
     assert [each["map"] for each in found["tried"] if each["value"] == found["chosen"]] == [best["map"]]
     # On the same features, each class by scikit-learn.
-    view = scoring.EvalView(side=32, short_side=32, resample="antialias", batch=64, device=torch.device("cpu"),
-                            precision="fp32")  # fmt: skip
-    splits = open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits
-    known, seen = (scoring.predict(Features(load(backbone)), splits[name], view) for name in ("train", "test"))
+    known, seen = (features_of(backbone, table, name) for name in ("train", "test"))
     mean, std = known.double().mean(0), known.double().std(0, correction=0)
     std[std < 1e-6] = 1
     known, seen = ((each.double() - mean) / std for each in (known, seen))

@@ -13,6 +13,7 @@ from funmatch.config import Evaluate
 from funmatch.data.readers.split_names import describe_images
 from funmatch.errors import InputError
 from funmatch.ops import metrics as metric_ops
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.reports.evaluation import per_image, rows
 from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
@@ -172,7 +173,8 @@ def lead(metrics: Mapping[str, Any], images: str) -> str:
     if metrics["agreement"] is not None:
         parts.append(f"{percent(metrics['agreement'])} agreement with it")
     if not parts and metrics.get("embedding"):
-        parts.append(f"20 nearest neighbours {percent(metrics['embedding']['knn']['top1'])}")
+        knn = metrics["embedding"]["knn"]
+        parts.append(f"20 nearest neighbours {percent(knn[task_of_metrics(knn).score])}")
     return f"{', '.join(parts)}, on {images}." if parts else f"Evaluated on {images}."
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.ops.corruptions import SEVERITIES
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime.text import MISSING, number, percent
 
 Metrics = Mapping[str, Any]
@@ -71,10 +72,14 @@ def embedding_rows(embedding: Metrics | None) -> list[list[str]]:
     """Formats what simple classifiers make of a model's features."""
     if not embedding:
         return []
-    knn, probe = embedding["knn"], embedding["probe"]
+    task = task_of_metrics(embedding["knn"])
+    knn, probe = (
+        [percent(embedding[name][task.score]), bounds(embedding[name]["intervals"][task.score])]
+        for name in ("knn", "probe")
+    )
     return [
-        ["20 nearest neighbours, top-1", percent(knn["top1"]), bounds(knn["intervals"]["top1"])],
-        ["linear probe, top-1", percent(probe["top1"]), bounds(probe["intervals"]["top1"])],
+        [f"20 nearest neighbours, {task.shown}", *knn],
+        [f"linear probe, {task.shown}", *probe],
         ["dimensions of the features", f"{embedding['dimensions']:,}", ""],
     ]
 

@@ -10,17 +10,22 @@ from funmatch.errors import InputError
 from funmatch.models.inference.features import Features
 from funmatch.ops import embeddings
 from funmatch.ops.intervals import wilson
+from funmatch.ops.tasks import ranking
 from funmatch.runtime.log import info
 from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.subject import Subject, check_finite
 
 
-def measure(subject: Subject, cache: Cache, split: CachedSplit) -> dict[str, Any]:
+def measure(subject: Subject, cache: Cache, split: CachedSplit, seed: int) -> dict[str, Any]:
     """Classifies the images of a split by the features of a model, learned from the training images.
+
+    Args:
+        seed: of the bootstrap intervals.
 
     Returns:
         `dimensions`; `train`, the number of training images; `knn` (Caron et al., 2021: the weighted vote of 20
-        neighbours) and `probe` (least squares), each with `top1`, `top5` and `intervals`; the probe with its `l2`.
+        neighbours) and `probe` (least squares), each with `top1` and `top5`, or `map` where an image may have several
+        classes, and `intervals`; the probe with its `l2`.
 
     Raises:
         InputError: there are no training images, or no labels.
@@ -49,13 +54,16 @@ def measure(subject: Subject, cache: Cache, split: CachedSplit) -> dict[str, Any
     return {
         "dimensions": bank.shape[-1],
         "train": len(train),
-        "knn": _accuracies(votes, labels),
-        "probe": _accuracies(scores, labels) | {"l2": strength},
+        "knn": _accuracies(votes, labels, seed),
+        "probe": _accuracies(scores, labels, seed) | {"l2": strength},
     }
 
 
-def _accuracies(scores: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Returns top-1 and top-5 accuracy of scores (n, classes), with their intervals."""
+def _accuracies(scores: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    """Returns the accuracies of scores (n, classes), with their intervals."""
+    if labels.ndim == 2:
+        interval = ranking.precision_interval(scores, labels, seed)
+        return {"map": ranking.mean_average_precision(scores, labels), "intervals": {"map": interval}}
     hits = scores.topk(min(5, scores.shape[-1]), dim=-1).indices == labels[:, None]
     found = {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(-1).double().mean().item()}
     return found | {"intervals": {name: wilson(share, len(labels)) for name, share in found.items()}}

@@ -73,16 +73,18 @@ def evaluate(config: Evaluate, given: Modules | None = None) -> Evaluation:
     # Before anything is predicted, which may take minutes.
     if headless and config.per_image:
         raise InputError(f"{headless[0]} has no classes, so there is nothing to write with --per-image")
-    if opened.cache.task == "multilabel":
-        return _evaluate_sets(opened, config, headless)
     embedded = {}
     if config.embedding or headless:
-        embedded = {each.name: embedding.measure(each, opened.cache, opened.split) for each in opened.subjects}
+        embedded = {
+            each.name: embedding.measure(each, opened.cache, opened.split, config.seed) for each in opened.subjects
+        }
     if headless:
         metrics, *rest = (
             _about(each, opened) | NO_CLASSES | {"embedding": embedded[each.name]} for each in opened.subjects
         )
         return Evaluation(opened, run_folder.finite(metrics | ({"others": rest} if rest else {})))
+    if opened.cache.task == "multilabel":
+        return _evaluate_sets(opened, config, embedded)
     labels = opened.split.labels(slice(None)) if opened.split.labelled else None
     teacher_logits = opened.teachers.predict(opened.split) if opened.teachers else None
     scores = [_score(each, opened, labels, teacher_logits, config) for each in opened.subjects]
@@ -99,18 +101,12 @@ def evaluate(config: Evaluate, given: Modules | None = None) -> Evaluation:
     return Evaluation(opened, run_folder.finite(metrics), scores[0], names, scores[1:])
 
 
-def _evaluate_sets(opened: Opened, config: Evaluate, headless: list[str]) -> Evaluation:
+def _evaluate_sets(opened: Opened, config: Evaluate, embedded: dict[str, Any]) -> Evaluation:
     """Evaluates models that give an image any number of classes.
 
     Args:
-        headless: names of models without classes.
-
-    Raises:
-        InputError: what was asked for is a measure of one class an image.
+        embedded: by the models' names what their features give; empty where they are not measured.
     """
-    if config.embedding or headless:
-        what = "--embedding" if config.embedding else f"evaluation of {headless[0]}, which has no classes,"
-        raise InputError(f"{what} is for one class an image; omit it with --task multilabel")
     first, *others = opened.subjects
     labels = opened.split.labels(slice(None)) if opened.split.labelled else None
     teacher_logits = opened.teachers.predict(opened.split) if opened.teachers else None
@@ -126,6 +122,8 @@ def _evaluate_sets(opened: Opened, config: Evaluate, headless: list[str]) -> Eva
         NO_CLASSES | label_sets.figures(own, labels, teacher_logits, names, config.seed) | _about(each, opened)
         for each, own in zip(opened.subjects, logits, strict=True)
     ]
+    for each, own in zip(opened.subjects, found, strict=True):
+        own |= {"embedding": embedded[each.name]} if embedded else {}
     metrics = found[0] | {"teacher": None, "teacher_map": None}
     if opened.teachers and teacher_logits is not None:
         own = label_sets.figures(teacher_logits, labels, None, names, config.seed)
