@@ -73,7 +73,7 @@ def test_logits_are_those_of_transformers(kind, tmp_path, photographs):
     ours = logits_of(f"clip:{folder}", photographs, texts)
     net = getattr(transformers, f"{kind}Model").from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    images = transformers.AutoImageProcessor.from_pretrained(folder)
     fill = {"padding": "max_length", "max_length": 12} if kind == "Siglip" else {"padding": True}
     given = tokenizer([*texts.all_texts], return_tensors="pt", **fill)
     pixels = images([Image.open(file) for file in photographs], return_tensors="pt")
