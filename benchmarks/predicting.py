@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from funmatch.config import Predict
-from funmatch.runtime import devices
+from funmatch.runtime import devices, functions
 from funmatch.runtime.malloc import keep_freed_memory
 from funmatch.shipping import predict
 from funmatch.shipping.inference import ready
@@ -34,6 +34,8 @@ from funmatch.training.student.trained_model import open_trained_model
 SIZE = 500, 375
 SMALL_SIZE = 160, 120
 FILES, BATCH = 192, 64
+PASSES = 16
+"""Times that the files are predicted in a row: of few images, most of the time is that of the first batches."""
 SMALL = "fashion-mini-teacher"
 
 
@@ -74,26 +76,27 @@ def busy(work: Callable[[], object]) -> float:
 def rates(model: str, folder: Path, turns: int) -> None:
     """Prints the rates of the network alone and of `predict`, and their ratio in each turn."""
     device = torch.device("cpu")
+    functions.allow(model)
     trained = open_trained_model(model)
     network = ready(trained, device, devices.resolve_precision("auto", device))
     side = trained.preprocessing.side
     views = torch.rand(BATCH, 3, side, side).contiguous(memory_format=torch.channels_last)
-    config = Predict(model=model, paths=(str(folder),), out=Path(os.devnull), format="csv", batch=BATCH)
+    config = Predict(model=model, paths=(str(folder),) * PASSES, out=Path(os.devnull), format="csv", batch=BATCH)
 
     def network_alone() -> None:
         # As in `predict`, for a fair comparison.
         with torch.inference_mode(), keep_freed_memory(device):
-            for _ in range(FILES // BATCH):
+            for _ in range(PASSES * FILES // BATCH):
                 network.outputs(views)
 
     def from_files() -> None:
         # Its own clock, which begins when the model is loaded.
-        whole.append(FILES / predict.run(config)["seconds"])
+        whole.append(PASSES * FILES / predict.run(config)["seconds"])
 
     network_alone()
     alone, whole, ratios, shares = [], list[float](), [], []
     for _ in range(turns):
-        network_seconds = busy(lambda: alone.append(FILES / timed(network_alone)))
+        network_seconds = busy(lambda: alone.append(PASSES * FILES / timed(network_alone)))
         loading = busy(lambda: open_predictor(config))
         shares.append(network_seconds / (busy(from_files) - loading))
         ratios.append(whole[-1] / alone[-1])

@@ -4,7 +4,7 @@ How images are resized is an argument; the paper's code does so without antialia
 table of which code runs when; here are the two that need nothing but torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -200,6 +200,13 @@ def central_view(
     height, width = max(side, round(height * scale)), max(side, round(width * scale))
     top, left = (height - side) // 2, (width - side) // 2
     return resize(image, height, width)[:, top : top + side, left : left + side] / 255
+
+
+def stack_views(views: Sequence[Tensor]) -> Tensor:
+    """Stacks views (3, height, width) to a batch (n, 3, height, width) in `channels_last` memory."""
+    # Most views lie so already: stacked as they lie they are copied, and not first turned and then turned back.
+    stacked = torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
+    return stacked.contiguous(memory_format=torch.channels_last)
 
 
 def _central_of_strip(image: Tensor, scale: float, side: int) -> Tensor:

@@ -20,6 +20,7 @@ from funmatch.models.inference.frozen import Frozen
 from funmatch.models.inference.modes import InferenceMode
 from funmatch.models.inference.native.layers import native_group_norms
 from funmatch.models.inference.outputs import NEAR, is_close
+from funmatch.ops.crops import stack_views
 from funmatch.ops.native import norms
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, transfers
@@ -178,7 +179,5 @@ def _prepare(chunk: list[Image], preprocessings: Sequence[Preprocessing], how: D
         # Only now, so that all preprocessings have the same images.
         for each, view in zip(preprocessings, views, strict=True):
             found[each].append(view)
-    stacked = {
-        each: torch.stack(views).contiguous(memory_format=torch.channels_last) for each, views in found.items() if views
-    }
+    stacked = {each: stack_views(views) for each, views in found.items() if views}
     return _Views([image.path for image in chunk], reasons, stacked)

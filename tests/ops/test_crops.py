@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from funmatch.ops.crops import central_view, crop_resize_flip, resize
+from funmatch.ops.crops import central_view, crop_resize_flip, resize, stack_views
 from funmatch.ops.mixing import mix_views, mixup
 from funmatch.ops.native import library
 
@@ -101,3 +101,12 @@ def test_teacher_and_student_get_the_same_mixed_views():
     (teacher,), student = mix_views(crops, (None,), 1.0)
     assert teacher is student
     assert torch.equal(teacher, crops[1:])
+
+
+@pytest.mark.parametrize("method", ["tf", "antialias"])
+def test_views_are_stacked_into_the_memory_that_networks_read(image, method):
+    views = [central_view(each, 20, 16, method=method) for each in (image, image.flip(1), image.repeat(4, 3, 1))]
+    views.append(views[0].contiguous())
+    stacked = stack_views(views)
+    assert torch.equal(stacked, torch.stack(views))
+    assert stacked.is_contiguous(memory_format=torch.channels_last)

@@ -102,7 +102,6 @@ inline int32_t as_weight(double share, int32_t) {
 }
 inline float as_weight(double share, float) { return static_cast<float>(share); }
 inline int32_t finish(int32_t sum) { return std::min(std::max((sum + (1 << (PRECISION - 1))) >> PRECISION, 0), 255); }
-inline float finish(float sum) { return sum; }
 
 // The pixels along one axis whose weighted mean each pixel of a view is: `taps` weights each, from pixel `first` on.
 template <typename Value>
@@ -129,43 +128,101 @@ struct Taps {
     }
 };
 
-// Samples a view, (side, side, 3) in [0, 1], by a filter: with antialias, whole numbers as Value, the bytes of Pillow. The
-// rows that are needed are shortened first, and summed then, with rounding after both.
-template <typename Value>
-void filter_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side,
-                 const Filter filter) {
-    const Taps<Value> down(rows, side, filter), across(columns, side, filter);
+// Rows of an image that are shortened together: side by side, their pixels fill a vector.
+constexpr int ROWS = 16;
+constexpr int LANES = 4 * ROWS;  // bytes of these pixels, each with a fourth one of no meaning
+constexpr int BLOCK = 48;        // values of a row that are summed together: as many as stay in registers
+
+// Computes weighted sums of bytes, rounded to bytes: `count` sums, of those that lie `stride` bytes apart.
+template <int count, typename Result>
+inline void sum_bytes(const uint8_t* __restrict from, int64_t stride, const int32_t* weight, int64_t taps, Result* __restrict to) {
+    int32_t sum[count] = {};
+    for (int64_t t = 0; t < taps; ++t, from += stride)
+#pragma omp simd
+        for (int k = 0; k < count; ++k) sum[k] += weight[t] * from[k];
+#pragma omp simd
+    for (int k = 0; k < count; ++k) to[k] = static_cast<Result>(finish(sum[k]));
+}
+
+// Samples a view, (side, side, 3) in [0, 1], with antialias: the bytes of Pillow. The rows that are needed are shortened
+// first, and summed then, with rounding after both.
+void antialias_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side,
+                    const Filter filter) {
+    const Taps<int32_t> down(rows, side, filter);
+    Taps<int32_t> across(columns, side, filter);
+    const auto [top, bottom] = std::minmax_element(down.first.begin(), down.first.end());
+    const auto [left, right] = std::minmax_element(across.first.begin(), across.first.end());
+    const int64_t first = *top, count = *bottom - first + down.taps, values = 3 * side;
+    const int64_t begin = *left, width = *right - begin + across.taps;
+    for (int64_t& each : across.first) each -= begin;
+    // One byte more than a row, for the fourth one of its last pixel.
+    const int64_t stride = values + 1;
+    std::vector<uint8_t> lines((count + ROWS - 1) / ROWS * ROWS * stride);
+    std::vector<uint8_t> pixels(LANES * width);
+    for (int64_t r = 0; r < count; r += ROWS) {
+        for (int each = 0; each < ROWS; ++each) {
+            const uint8_t* from = image + (first + std::min(r + each, count - 1)) * row_bytes + 3 * begin;
+            uint8_t* to = pixels.data() + 4 * each;
+            // The last pixel without a fourth byte: behind the image there may be none.
+            for (int64_t x = 1; x < width; ++x, to += LANES, from += 3) std::memcpy(to, from, 4);
+            std::memcpy(to, from, 3);
+        }
+        uint8_t* to = lines.data() + r * stride;
+        for (int64_t j = 0; j < side; ++j, to += 3) {
+            uint8_t shortened[LANES];
+            sum_bytes<LANES>(pixels.data() + LANES * across.first[j], LANES, across.weights.data() + j * across.taps, across.taps, shortened);
+            // The fourth byte is written over by the next pixel.
+            for (int each = 0; each < ROWS; ++each) std::memcpy(to + each * stride, shortened + 4 * each, 4);
+        }
+    }
+    for (int64_t i = 0; i < side; ++i) {
+        const uint8_t* from = lines.data() + (down.first[i] - first) * stride;
+        const int32_t* weight = down.weights.data() + i * down.taps;
+        float* __restrict to = view + i * values;
+        int64_t k = 0;
+        for (; k + BLOCK <= values; k += BLOCK) sum_bytes<BLOCK>(from + k, stride, weight, down.taps, to + k);
+        for (; k < values; ++k) sum_bytes<1>(from + k, stride, weight, down.taps, to + k);
+#pragma omp simd
+        for (int64_t v = 0; v < values; ++v) to[v] /= 255.0f;
+    }
+}
+
+// Samples a view, (side, side, 3) in [0, 1], by the means of areas. The rows that are needed are shortened first, and summed
+// then.
+void area_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side) {
+    const Filter filter{AREA};
+    const Taps<float> down(rows, side, filter), across(columns, side, filter);
     const auto [top, bottom] = std::minmax_element(down.first.begin(), down.first.end());
     const int64_t first = *top, count = *bottom - first + down.taps, values = 3 * side;
-    std::vector<Value> lines(count * values), sums(values);
+    std::vector<float> lines(count * values), sums(values);
     for (int64_t r = 0; r < count; ++r) {
-        Value* to = lines.data() + r * values;
+        float* to = lines.data() + r * values;
         for (int64_t j = 0; j < side; ++j) {
-            const Value* weight = across.weights.data() + j * across.taps;
+            const float* weight = across.weights.data() + j * across.taps;
             const uint8_t* from = image + (first + r) * row_bytes + 3 * across.first[j];
-            Value red = 0, green = 0, blue = 0;
+            float red = 0, green = 0, blue = 0;
             for (int64_t t = 0; t < across.taps; ++t) {
                 red += weight[t] * from[3 * t];
                 green += weight[t] * from[3 * t + 1];
                 blue += weight[t] * from[3 * t + 2];
             }
-            to[3 * j] = finish(red);
-            to[3 * j + 1] = finish(green);
-            to[3 * j + 2] = finish(blue);
+            to[3 * j] = red;
+            to[3 * j + 1] = green;
+            to[3 * j + 2] = blue;
         }
     }
-    Value* __restrict sum = sums.data();
+    float* __restrict sum = sums.data();
     for (int64_t i = 0; i < side; ++i) {
-        std::fill(sums.begin(), sums.end(), Value{0});
+        std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t t = 0; t < down.taps; ++t) {
-            const Value weight = down.weights[i * down.taps + t];
-            const Value* __restrict from = lines.data() + (down.first[i] - first + t) * values;
+            const float weight = down.weights[i * down.taps + t];
+            const float* __restrict from = lines.data() + (down.first[i] - first + t) * values;
 #pragma omp simd
             for (int64_t k = 0; k < values; ++k) sum[k] += weight * from[k];
         }
         float* __restrict to = view + i * values;
 #pragma omp simd
-        for (int64_t k = 0; k < values; ++k) to[k] = static_cast<float>(finish(sum[k])) / 255.0f;
+        for (int64_t k = 0; k < values; ++k) to[k] = sum[k] / 255.0f;
     }
 }
 
@@ -184,9 +241,9 @@ void sample_views(const int64_t* corners, const double* axes, float* views, int6
         if (filter == 0)
             sample_view(image, corners[2 * i + 1], both[0], both[1], view, side);
         else if (filter == AREA)
-            filter_view<float>(image, corners[2 * i + 1], both[0], both[1], view, side, Filter{AREA});
+            area_view(image, corners[2 * i + 1], both[0], both[1], view, side);
         else
-            filter_view<int32_t>(image, corners[2 * i + 1], both[0], both[1], view, side, Filter{static_cast<Kind>(filter)});
+            antialias_view(image, corners[2 * i + 1], both[0], both[1], view, side, Filter{static_cast<Kind>(filter)});
     }
 }
 }

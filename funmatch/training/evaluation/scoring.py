@@ -16,6 +16,7 @@ from funmatch.data.prefetch import prefetch_map
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.models.classifier import Card
 from funmatch.ops.corruptions import Damage
+from funmatch.ops.crops import stack_views
 from funmatch.ops.resizing import libraries
 from funmatch.ops.tasks.task import Task, task_of
 from funmatch.ops.view_spec import Preprocessing
@@ -99,8 +100,7 @@ def central_batches(
         if isinstance(split.store, DeviceStore) and how.resample in libraries.OWN:
             rows = split.index[indices]
             return split.store.central(rows, how.short_side, how.side, **how.shape), split.labels(indices)
-        views = torch.stack([how.view(image) for image in split.images(indices)])
-        return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
+        return stack_views([how.view(image) for image in split.images(indices)]), split.labels(indices)
 
     count = -(-len(split) // batch)
     return prefetch_map(make, 0, count, workers) if split.store.decodes else map(make, range(count))
