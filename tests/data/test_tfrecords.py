@@ -20,6 +20,7 @@ from funmatch.data.dataset import ReadOptions
 from funmatch.data.decode import decode
 from funmatch.data.formats import compressed, crc32c
 from funmatch.data.formats.crc32c import masked_crc32c
+from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.data.formats.tfrecord import example, frame, parse_example, records
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
@@ -180,6 +181,51 @@ def test_example_round_trip():
     assert payload[slice(*features["image"][0])] == b"bytes" * 100
     assert features["class"] == [2**40]
     assert parse_example(example(b"", -1))["class"] == [-1]
+
+
+def example_of(**features: bytes | list[int]) -> bytes:
+    """A `tf.train.Example` of bytes and lists of whole numbers."""
+    entries = []
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            content = write_fields(1, write_fields(1, value))
+        else:
+            content = write_fields(3, write_fields(1, b"".join(map(write_varint, value))))
+        entries.append(write_fields(1, write_fields(1, name.replace("__", "/").encode()) + write_fields(2, content)))
+    return write_fields(1, b"".join(entries))
+
+
+PIXELS = {
+    "colours": ((5, 7, 3), {"image__height": [5], "image__width": [7], "image__channels": [3]}, "image__encoded"),
+    "no channels": ((5, 7, 3), {"height": [5], "width": [7]}, "image"),
+    "a shape": ((4, 6, 3), {"image__shape": [4, 6, 3]}, "image"),
+    "grey": ((28, 28, 1), {"rows": [28], "cols": [28], "depth": [1]}, "image_raw"),
+    "a shape of grey": ((4, 6, 1), {"shape": [4, 6]}, "image"),
+}
+
+
+@pytest.mark.parametrize("case", PIXELS)
+def test_pixels_that_are_not_encoded_are_images(tmp_path, case):
+    shape, sizes, name = PIXELS[case]
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, shape, np.uint8) for _ in range(3)]
+    label = "image__class__label" if name == "image__encoded" else "label"
+    rows = [example_of(**{name: each.tobytes(), label: [i], **sizes}) for i, each in enumerate(arrays)]
+    (tmp_path / "train.tfrec").write_bytes(b"".join(map(frame, rows)))
+    source = open_dataset(f"tfrecord:{tmp_path}/train.tfrec")
+    assert source.splits["train"].labels.tolist() == [0, 1, 2]
+    for i, each in enumerate(arrays):
+        np.testing.assert_array_equal(decode(source.read("train", i)), np.broadcast_to(each, (*shape[:2], 3)))
+
+
+def test_encoded_images_with_sizes_beside_them_stay_as_they_are(tmp_path):
+    jpeg = paint(tmp_path / "a.jpg", 0).read_bytes()
+    row = example_of(image=jpeg, label=[0], height=[24], width=[20], channels=[3])
+    # As many bytes as a grey image of these sizes would have.
+    odd = example_of(image=jpeg, label=[1], height=[1], width=[len(jpeg)], channels=[1])
+    (tmp_path / "train.tfrec").write_bytes(frame(row) + frame(odd))
+    source = open_dataset(f"tfrecord:{tmp_path}/train.tfrec")
+    assert [source.read("train", i) for i in range(2)] == [jpeg, jpeg]
 
 
 def test_labels_outside_the_classes_are_named(tmp_path):

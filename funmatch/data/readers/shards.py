@@ -41,12 +41,14 @@ class Record:
         start, length: position of its bytes in the (decompressed) shard.
         label: number or name of its class in the shard, or `UNLABELLED`.
         number: of the record, or name of the tar's member, for messages.
+        header: bytes to put before these, which make an image file of pixels that are not encoded.
     """
 
     start: int
     length: int
     label: Label
     number: int | str
+    header: bytes = b""
 
 
 @dataclass
@@ -121,7 +123,7 @@ def open_shards(
 
     def read(split: str, index: int) -> bytes:
         path, record = shards[split][index]
-        return shard_reader(path)(record.start, record.length)
+        return record.header + shard_reader(path)(record.start, record.length)
 
     # Class files that do not exist yet are watched too: adding one changes the class names.
     around = class_files(folders_of(paths), oddities.taken["label"])

@@ -13,9 +13,20 @@ from funmatch.data.readers.shard_paths import is_noted_unlabelled, shard_paths
 from funmatch.data.readers.shards import Oddities, Record, open_shards
 
 # Feature names of an image and its class, tried in this order: of the earlier project, of TensorFlow Datasets, of
-# TensorFlow's ImageNet scripts, and WebDataset's endings.
-FEATURES = (("image", "class"), ("image", "label"), ("image/encoded", "image/class/label"), ("jpg", "cls"))
+# TensorFlow's ImageNet scripts, WebDataset's endings, and of TensorFlow's own guide, where images are plain pixels.
+FEATURES = (
+    ("image", "class"),
+    ("image", "label"),
+    ("image/encoded", "image/class/label"),
+    ("jpg", "cls"),
+    ("image_raw", "label"),
+)
+# Where records say the sizes of images: as one list, or one by one.
+SHAPES = ("image/shape", "shape")
+SIZES = (("image/height", "image/width"), ("height", "width"), ("rows", "cols"))
+CHANNELS = ("image/channels", "channels", "depth")
 ENDINGS = r"\.tfrec(ord)?s?([-.]|$)|-\d{5}-of-\d{5}$"
+ENCODED = (b"\xff\xd8\xff", b"\x89PNG")
 COUNTED = re.compile(r"-(\d+)-(\d+)\.tfrec$")  # <split>_<name>-<shard>-<count>.tfrec
 
 
@@ -49,7 +60,7 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
                 oddities.unlabelled.setdefault(path, f"record {number}: {lacking}")
             # Scans are kept by the names of images: with another feature, the same record is another image.
             name = f"{number} ({image})" if options.image_feature else number
-            shard_records.append(Record(start + a, b - a, value, name))
+            shard_records.append(Record(start + a, b - a, value, name, _pixel_header(features, payload[a:b])))
         if (counted := COUNTED.search(path.name)) and int(counted[2]) != len(shard_records):
             raise DamagedRecord(f"has {len(shard_records)} records, but its name says {int(counted[2])}")
         return shard_records
@@ -89,6 +100,31 @@ def _image_span(features: Features, image: str) -> Span:
             f"feature {image!r} holds {len(values)} images; write a record for each, or pass another --image-feature"
         )
     return first
+
+
+def _pixel_header(features: Features, image: bytes) -> bytes:
+    """Returns what makes an image file (PNM) of plain pixels; nothing where an image is encoded.
+
+    Pixels are those whose number of bytes is that of the sizes in their record: height × width × 1 or 3, uint8.
+    """
+    if image.startswith(ENCODED):
+        return b""
+    shapes = [_numbers(features, name) for name in SHAPES]
+    for names in SIZES:
+        size = [each for name in names for each in _numbers(features, name)]
+        given = [each for name in CHANNELS for each in _numbers(features, name)][:1]
+        shapes += [[*size, channels] for channels in given or (3, 1)]
+    for shape in shapes:
+        height, width, channels = (*shape, 1) if len(shape) == 2 else shape if len(shape) == 3 else (0, 0, 0)
+        if min(height, width) > 0 and channels in (1, 3) and height * width * channels == len(image):
+            return b"P%d\n%d %d\n255\n" % (6 if channels == 3 else 5, width, height)
+    return b""
+
+
+def _numbers(features: Features, name: str) -> list[int]:
+    """Returns the whole numbers of a feature; none where it is missing or holds others."""
+    values = features.get(name, [])
+    return [int(each) for each in values if not isinstance(each, tuple) and float(each).is_integer()]
 
 
 def _label(features: Features, payload: bytes, label: str, options: ReadOptions) -> tuple[Label, str]:
