@@ -59,7 +59,8 @@ class ImagesOptions(TypedDict, total=False):
     first_label: int
     """In shards and tables: the number of the first class, where classes are numbers. (default: 0)"""
     class_file: str | Path | None
-    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
+    """In shards and tables: a text file with one class name per line, or its address (https://, gs://, s3://, hf://).
+    (default: names in the data)"""
     follow_links: bool
     """Follow symbolic links that lead out of a folder."""
     data_dir: str | Path | None

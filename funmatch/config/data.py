@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from funmatch.config.choices import Fit, ShardResample, TaskName
 from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import Options
-from funmatch.config.values import Names, Share
+from funmatch.config.values import Names, Place, Share
 
 DATA, PLACE = Changes.DATA, Changes.PLACE
 VALIDATION_SHARE = "10%"
@@ -68,10 +68,10 @@ class Images(Options):
     """In shards and tables: the number of the first class, where classes are numbers."""
     # A run compares its images by their content, so what leads to the same images may differ when it resumes.
     class_file: Annotated[
-        Path | None,
+        Place,
         Opt(group=Group.DATA, changes=DATA, refers=Refers.FILE, resume=OnResume.UNCOMPARED, usual="names in the data"),
     ] = None
-    """In shards and tables: a text file with one class name per line."""
+    """In shards and tables: a text file with one class name per line, or its address (https://, gs://, s3://, hf://)."""
     follow_links: Annotated[bool, Opt(group=Group.DATA, changes=DATA, resume=OnResume.UNCOMPARED)] = False
     """Follow symbolic links that lead out of a folder."""
     # PLACE: the same data set in another folder is the same data.

@@ -10,7 +10,7 @@ from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, Options, like
 from funmatch.config.teaching import ByText
 from funmatch.config.train import Train
-from funmatch.config.values import Duration, Names, Pairs, duration_problems
+from funmatch.config.values import Duration, Names, Pairs, Place, duration_problems
 
 PLACE, STUDENT = Changes.PLACE, Changes.STUDENT
 
@@ -205,8 +205,8 @@ class Import(ByText):
         float | None, Opt(group=Group.STUDENT, changes=STUDENT, above=0, at_most=1, usual="timm's")
     ] = None
     """Share of the shorter side that its evaluation view keeps, e.g. 0.8 for 128 of 160 pixels."""
-    class_file: Annotated[Path | None, like(Images, "class_file", usual="none")] = None
-    """Text file with one class name per line."""
+    class_file: Annotated[Place, like(Images, "class_file", usual="none")] = None
+    """Text file with one class name per line, or its address."""
 
     def problems(self) -> list[str]:
         found = []

@@ -31,6 +31,13 @@ def _as_names(value: Any) -> Any:
     return tuple(hide_secrets(str(each)) for each in value) if isinstance(value, list | tuple) else value
 
 
+def _as_place(value: Any) -> Any:
+    if value == "":
+        raise ValueError("an empty path names no file")  # it would be the current folder
+    # Not a path object, which would take one of the two slashes of an address.
+    return hide_secrets(str(value)) if isinstance(value, str | Path) else value
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) else value
 
@@ -63,6 +70,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 """One name or path, or several."""
 Pairs = Annotated[tuple[str, ...], BeforeValidator(_as_pairs)]
 """`key=value` each, or a dictionary."""
+Place = Annotated[str | None, BeforeValidator(_as_place)]
+"""The path of a file, or its address; or None."""
 Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -183,7 +192,8 @@ def kind_of(field: FieldInfo) -> Kind:
         elif get_origin(member) is Literal:
             choices = get_args(member)
         elif member is not type(None):
-            types.add(member)
+            # In Python a path object may name a file, too.
+            types.add(Path if _as_place in converters else member)
     return Kind(frozenset(types), choices, several, count, optional, _as_pairs in converters)
 
 

@@ -18,7 +18,7 @@ ALLOWED = "FUNMATCH_ALLOW_ADDRESSES"
 """Environment variable with addresses that may be read, a line each; child processes inherit it."""
 OFFLINE = "FUNMATCH_OFFLINE"
 """Environment variable that, if it is set, lets no address be contacted: copies are used as they are."""
-_ADDRESS = re.compile(rf"(?<![A-Za-z0-9+.-])(?:{'|'.join(SCHEMES)})://.*", re.DOTALL)
+_ADDRESS = re.compile(rf"(?<![A-Za-z0-9+.-])(?:{'|'.join(SCHEMES)})://.*", re.DOTALL | re.IGNORECASE)
 
 
 def is_address(text: str) -> bool:
@@ -26,9 +26,15 @@ def is_address(text: str) -> bool:
     return bool(_ADDRESS.match(text))
 
 
+def canonical(address: str) -> str:
+    """Returns an address with its scheme in small letters: it has no case, but libraries and comparisons know one."""
+    scheme, separator, rest = address.partition("://")
+    return f"{scheme.lower()}{separator}{rest}"
+
+
 def scheme_of(address: str) -> str:
     """Returns the scheme of an address, one name for each kind."""
-    scheme = address.partition("://")[0]
+    scheme = address.partition("://")[0].lower()
     return {"gcs": "gs", "s3a": "s3"}.get(scheme, scheme)
 
 
@@ -48,8 +54,8 @@ def allow(word: str) -> str:
 
 def given_address(address: str) -> str | None:
     """Returns an address as a person gave it, with what it needs to be read; None if only a file names it."""
-    wanted = hide_secrets(address)
-    return next((each for each in _allowed() if hide_secrets(each) == wanted), None)
+    wanted = hide_secrets(canonical(address))
+    return next((each for each in map(canonical, _allowed()) if hide_secrets(each) == wanted), None)
 
 
 def is_offline() -> bool:
@@ -59,8 +65,8 @@ def is_offline() -> bool:
 
 def check_scheme(address: str) -> None:
     """Raises `InputError` for an address of a kind that is not read."""
-    if address.startswith("file://"):
-        raise InputError(f"{address} is an address; pass {address.removeprefix('file://')}")
+    if scheme_of(address) == "file":
+        raise InputError(f"{address} is an address; pass {address.partition('://')[2]}")
     if not is_address(address):
         raise InputError(
             f"{hide_secrets(address)} is an address of another kind; expected one of "

@@ -15,6 +15,7 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.readers.class_notes import first_of
+from funmatch.data.remote.single import local_file
 from funmatch.errors import InputError
 from funmatch.runtime.log import info, track
 
@@ -31,6 +32,7 @@ def read_options(config: Images) -> ReadOptions:
     names = {field.name for field in fields(ReadOptions)} & set(Images.model_fields)
     values = {name: getattr(config, name) for name in names}
     # None where a model says it, and none did.
+    values["class_file"] = local_file(config.class_file, track)
     values["task"] = config.task or ReadOptions.task
     # Without --val a seed alone still counts: the data set's own share is then cut by another seed.
     return ReadOptions(**values, split_spec=spec if config.val is not None or config.val_seed else None)

@@ -30,6 +30,7 @@ from funmatch.ops.optim import factory, hyperrule
 from funmatch.ops.tasks.task import task_of
 from funmatch.ops.view_spec import ViewSpec, complete_key
 from funmatch.runtime import devices, distributed, env
+from funmatch.runtime.addresses import is_address
 from funmatch.runtime.functions import is_function_name
 from funmatch.runtime.log import info
 from funmatch.training.evaluation import scoring
@@ -240,7 +241,7 @@ ABSOLUTE: dict[Refers, Callable[[str], str]] = {
     Refers.CLASS_MAP: lambda path: path if path in RULES else str(Path(path).expanduser().resolve()),
     Refers.CLASS_NAMES: lambda path: path if path == OF_DATA else str(Path(path).expanduser().resolve()),
     Refers.TEMPLATES: lambda path: path if path in NAMED_TEMPLATES else str(Path(path).expanduser().resolve()),
-    Refers.FILE: lambda path: str(Path(path).expanduser().absolute()),
+    Refers.FILE: lambda path: resolve_spec(path) if is_address(path) else str(Path(path).expanduser().absolute()),
 }
 """How each kind of name becomes independent of the working directory."""
 

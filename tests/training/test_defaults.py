@@ -26,7 +26,7 @@ def test_files_are_recorded_by_absolute_paths_and_words_as_they_are(tmp_path, mo
         "data": (str(tmp_path / "photos"), "pet37", f"tfrecord:{tmp_path}/shards/*"),
         "eval_data": (str(tmp_path / "other"),),
         "data_dir": tmp_path / "sets",
-        "class_file": tmp_path / "names.txt",
+        "class_file": str(tmp_path / "names.txt"),
         "teacher": (str(tmp_path / "runs/teacher"), "resnet50", "hf-hub:user/model"),
         "teacher_weights": (str(tmp_path / "weights.pt"), "none"),
         "classes": str(tmp_path / "map.json"),

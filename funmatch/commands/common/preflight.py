@@ -15,6 +15,7 @@ from funmatch.config.metadata import Refers
 from funmatch.config.options import Options, listed
 from funmatch.config.teaching import CLIP
 from funmatch.data.readers.open import check_named, check_spec
+from funmatch.data.remote.single import check_file_named
 from funmatch.errors import InputError
 from funmatch.models.checkpoints import signatures
 from funmatch.models.clip.class_texts import OF_DATA, read_names
@@ -50,6 +51,8 @@ def function_problems(options: Options, *, reference: str) -> Iterator[str]:
         names = [value for value in _each(getattr(options, name)) if opt.function or opt.refers is Refers.MODEL]
         if opt.refers is Refers.DATA:
             yield from filter(None, (_message(check_named, value) for value in _each(getattr(options, name))))
+        if opt.refers is Refers.FILE:
+            yield from filter(None, (_message(check_file_named, value) for value in _each(getattr(options, name))))
         for value in names:
             if NAME.fullmatch(value) and not value.startswith(prefixes):
                 yield from filter(None, [_message(partial(check_allowed, purpose=name), value)])
@@ -127,7 +130,7 @@ CHECKS: dict[Refers, Callable[[str], object]] = {
     Refers.CLASS_MAP: lambda _value: None,
     Refers.CLASS_NAMES: _check_class_names,
     Refers.TEMPLATES: read_templates,
-    Refers.FILE: lambda _value: None,
+    Refers.FILE: check_file_named,
 }
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from funmatch.config import Import
+from funmatch.data.remote.single import local_file
 from funmatch.errors import InputError
 from funmatch.models import bit
 from funmatch.models.classifier import Classifier, check_side, timm_config
@@ -13,7 +14,7 @@ from funmatch.models.load import load
 from funmatch.models.save import save
 from funmatch.reports.result import Result
 from funmatch.runtime.disk.files import read_lines, write_folder_atomically
-from funmatch.runtime.log import info_notes, print_line, print_table
+from funmatch.runtime.log import info_notes, print_line, print_table, track
 
 INPUTS = {
     "0..1": ((0.0,) * 3, (1.0,) * 3),
@@ -44,8 +45,8 @@ def import_model(config: Import) -> Result:
     card = replace(model.card, mean=inputs[0], std=inputs[1]) if inputs else model.card
     card = replace(card, side=config.side or card.side, crop_fraction=config.crop_fraction or card.crop_fraction)
     card = replace(card, side_known=card.side_known or config.side is not None)
-    if config.class_file:
-        card = replace(card, classes=_class_names(config.class_file.expanduser(), model.num_classes))
+    if file := local_file(config.class_file, track):
+        card = replace(card, classes=_class_names(file, model.num_classes))
     check_side(model, card.side)  # before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_folder_atomically(out) as partial:

@@ -26,7 +26,7 @@ from funmatch.data.remote.archives import is_archive
 from funmatch.data.remote.objects import Wanted
 from funmatch.data.tables import manifest
 from funmatch.errors import InputError, hide_secrets, unknown
-from funmatch.runtime.addresses import check_scheme, is_address
+from funmatch.runtime.addresses import WEB, canonical, check_scheme, is_address, scheme_of
 
 
 def absolute_path(location: str) -> str:
@@ -150,7 +150,7 @@ def resolve_spec(spec: str) -> str:
         return spec
     prefix, location = _parse(spec)
     if is_address(location):
-        return hide_secrets(spec)
+        return hide_secrets(f"{prefix}:{canonical(location)}" if prefix else canonical(location))
     return f"{prefix}:{READERS[prefix].resolve(location)}" if prefix else absolute_path(spec)
 
 
@@ -226,9 +226,9 @@ def _check_address(prefix: str, address: str) -> None:
     """Raises `InputError` for an address that can be no folder of images, without contacting its server."""
     if prefix not in ("", "folder"):
         return
-    shown = hide_secrets(address)
+    shown, is_of_web = hide_secrets(address), scheme_of(address) in WEB
     place = shown.partition("://")[2]
-    place = place.partition("?")[0] if address.startswith("http") else place
+    place = place.partition("?")[0] if is_of_web else place
     name = place.rstrip("/").rpartition("/")[2]
     if is_archive(name) and not set("*{[") & set(place):
         return
@@ -237,7 +237,7 @@ def _check_address(prefix: str, address: str) -> None:
             raise InputError(f"{shown} is not a folder of images; pass {word}:{shown}")
     if set("*{[") & set(place):
         raise InputError(f"{shown} is a pattern; name the kind of its files: {_words(shown)}")
-    if address.startswith("http"):
+    if is_of_web:
         raise InputError(
             f"{shown}: web servers have no listing of a folder's files; pass an archive of it (.zip, .tar, .tar.gz), "
             f"or shards: {_words('https://…')}"

@@ -7,6 +7,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from funmatch.data.remote import checksums
 from funmatch.data.remote.objects import Changed, RemoteObject, Unreachable, Wanted, place_of
 from funmatch.errors import InputError, first_line, hide_secrets
 from funmatch.runtime.addresses import scheme_of
@@ -73,6 +74,19 @@ class BucketFiles:
             start += len(block)
             yield block
 
+    def digests(self, found: RemoteObject) -> dict[str, str]:
+        if self.scheme != "s3":
+            return found.digests
+        # Listings do not say how a file is encrypted, which decides whether its tag is a checksum.
+        bucket, _, key = found.address.partition("://")[2].partition("/")
+        try:
+            head = self.files.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        except Exception:  # any of the library; a bucket that does not say it is read without
+            return {}
+        if found.etag and head.get("ETag", "").strip('"') != found.etag.strip('"'):
+            raise Changed
+        return checksums.of_s3(head)
+
     def confirm(self, found: RemoteObject) -> None:
         self.files.invalidate_cache()
         now = self._tried(found.address, lambda: self.files.info(found.address))
@@ -114,6 +128,8 @@ class BucketFiles:
             digests["sha256"] = str(lfs["sha256"])
         elif getattr(lfs, "sha256", None):
             digests["sha256"] = str(lfs.sha256)
+        if self.scheme == "gs":
+            digests = checksums.of_google(about)
         etag = next((str(about[key]) for key in VERSIONS if about.get(key)), "")
         time = next((about[key] for key in TIMES if about.get(key)), "")
         # Listings may hold it as a text, and single look-ups as an object.

@@ -1,6 +1,5 @@
 """Downloads one file completely or not at all, from where an earlier attempt stopped."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 from threading import Event
 from typing import IO, Any
 
+from funmatch.data.remote import checksums
 from funmatch.data.remote.objects import Changed, RemoteObject, Source, Unreachable
 from funmatch.errors import InputError
 from funmatch.runtime.disk.checksums import crc_of_file
@@ -54,13 +54,7 @@ def download(
         done = _resume_point(found, partial, note)
         count(done)
         try:
-            with open(partial, "r+b" if done else "wb") as file:
-                file.truncate(done)
-                file.seek(done)
-                _fill(source, found, file, note, done, count, stop)
-            if found.size is None or found.size > BLOCK_IN_ONE:
-                source.confirm(found)
-            _verify(found, partial)
+            _fetch_checked(source, found, partial, done, count, stop)
         except Changed:
             _discard(partial, note)
             raise InputError(f"{found.shown} has changed while it was read; rerun the command") from None
@@ -78,6 +72,35 @@ def download(
         note.unlink(missing_ok=True)
         state = target.stat()
         return found.version | {"bytes": state.st_size, "crc": crc, "time": state.st_mtime_ns}
+
+
+def _fetch_checked(
+    source: Source, found: RemoteObject, partial: Path, done: int, count: Callable[[int], None], stop: Event
+) -> None:
+    """Completes a file, and once more from its beginning if it is not what the server announced."""
+    note = partial.with_name(f"{partial.name}.json")
+    for is_last in (False, True):
+        with open(partial, "r+b" if done else "wb") as file:
+            file.truncate(done)
+            file.seek(done)
+            _fill(source, found, file, note, done, count, stop)
+        if found.size is None or found.size > BLOCK_IN_ONE:
+            source.confirm(found)
+        size = partial.stat().st_size
+        if found.size not in (None, size):
+            raise Changed
+        problem = checksums.difference(partial, source.digests(found))
+        if not problem:
+            return
+        _discard(partial, note)
+        if is_last:
+            raise InputError(
+                f"{found.shown} arrived damaged twice ({problem}); rerun the command, or get the file another way and "
+                "compare it with that checksum"
+            )
+        info(f"{found.shown} arrived damaged ({problem}); downloading it again")
+        count(-size)
+        done = 0
 
 
 def _fill(
@@ -153,21 +176,6 @@ def _resume_point(found: RemoteObject, partial: Path, note: Path) -> int:
     # Without a tag or a time, two versions of one size could be mixed.
     tells = (found.etag or found.modified) and found.size is not None
     return known["done"] if tells and found.is_version(known) and 0 <= known["done"] <= kept else 0
-
-
-def _verify(found: RemoteObject, partial: Path) -> None:
-    """Raises `InputError` unless a file has the length and the checksum that its server announced."""
-    if found.size is not None and partial.stat().st_size != found.size:
-        raise Changed
-    for algorithm, expected in found.digests.items():
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, algorithm).hexdigest()
-        if digest != expected:
-            _discard(partial, partial.with_name(f"{partial.name}.json"))
-            raise InputError(
-                f"{found.shown} arrived damaged (its {algorithm.upper()} is {digest}, not {expected}); rerun the "
-                "command"
-            )
 
 
 def _discard(partial: Path, note: Path) -> None:

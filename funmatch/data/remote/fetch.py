@@ -81,6 +81,7 @@ def fetch(
         OSError: the disk is full.
     """
     addresses.check_scheme(address)
+    address = addresses.canonical(address)
     tree = Tree(address)
     key = (tree.root, wanted, hide_secrets(address))
     listing = tree.listing(address, wanted)
@@ -106,6 +107,7 @@ def fetch_if_remote(spec: str, track: Track = untracked) -> tuple[str, tuple[Pat
 
 def check_named(address: str, wanted: Wanted) -> None:
     """Raises `InputError` for an address that only a file names, and of which there is no whole copy."""
+    address = addresses.canonical(address)
     given, tree = addresses.given_address(address), Tree(address)
     if given is None and not tree.is_whole(tree.listing(address, wanted)):
         raise InputError(_advice(hide_secrets(address), given))
@@ -113,7 +115,7 @@ def check_named(address: str, wanted: Wanted) -> None:
 
 def known_files(address: str, wanted: Wanted) -> tuple[str, ...]:
     """Returns the files that an address named when it was last looked up, without contacting its server."""
-    listing = Tree(address).listing(address, wanted)
+    listing = Tree(address).listing(addresses.canonical(address), wanted)
     return tuple(listing.files) if listing else ()
 
 

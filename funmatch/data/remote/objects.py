@@ -26,7 +26,8 @@ class RemoteObject:
         size: bytes; None where the server does not say.
         etag, modified: what its server calls this version, and when it was written, in the server's own words; empty
             where it does not say.
-        digests: its checksums in hexadecimal by `hashlib`'s name of the algorithm, as far as the server knows them.
+        digests: its checksums in hexadecimal, as far as the server says them, by `hashlib`'s name of the algorithm, or
+            crc32 or crc32c.
     """
 
     address: str
@@ -104,6 +105,14 @@ class Source(Protocol):
             Changed: it is another version now.
             InputError: it is gone, or may not be read.
             Unreachable: the connection broke, maybe after some of it.
+        """
+        ...
+
+    def digests(self, found: RemoteObject) -> dict[str, str]:
+        """Returns the checksums of a file that was read, as of `RemoteObject`.
+
+        Raises:
+            Changed: it is another version by now.
         """
         ...
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from funmatch.data.remote import checksums
 from funmatch.data.remote.objects import Changed, RemoteObject, Unreachable, Wanted, place_of
 from funmatch.errors import InputError, first_line, hide_secrets
 from funmatch.runtime.log import info
@@ -64,6 +65,9 @@ class WebFiles:
             if response.status == 206 and not _starts_at(response, start):
                 raise Unreachable("another part was sent than the one that was asked for")
             yield from _blocks(response, skip)
+
+    def digests(self, found: RemoteObject) -> dict[str, str]:
+        return found.digests
 
     def confirm(self, found: RemoteObject) -> None:
         """Nothing to do: each response says which version it is of."""
@@ -115,26 +119,9 @@ def _describe(address: str, response: Any) -> RemoteObject:
     else:
         size = int(headers["Content-Length"]) if headers.get("Content-Length", "").isdecimal() else None
     return RemoteObject(
-        address, place, size, headers.get("ETag", ""), headers.get("Last-Modified", ""), _digests(headers)
-    )
-
-
-def _digests(headers: http.client.HTTPMessage) -> dict[str, str]:
-    """Returns checksums of the whole file; a response of a part says those, too."""
-    # x-goog-hash is Google Cloud Storage's own header; Repr-Digest is the standard's (RFC 9530). The first is of the
-    # file as it is stored there, and says nothing of one that the server unpacks on the way.
-    stored, sent = (headers.get(f"{each}Content-Encoding", "identity") for each in ("x-goog-stored-", ""))
-    lines = (headers.get_all("x-goog-hash") or []) if stored == sent else []
-    lines = [*lines, headers.get("Repr-Digest", "")]
-    announced = [item.strip().partition("=") for line in lines for item in line.split(",")]
-    names, found = {"md5": "md5", "sha-256": "sha256"}, {}
-    for name, _, value in announced:
-        if algorithm := names.get(name.lower()):
-            try:
-                found[algorithm] = base64.b64decode(value.strip(":"), validate=True).hex()
-            except ValueError:
-                continue  # not a checksum, whatever it is called
-    return found
+        address, place, size, headers.get("ETag", ""), headers.get("Last-Modified", ""),
+        checksums.of_headers(headers, whole=response.status == 200),
+    )  # fmt: skip
 
 
 def _starts_at(response: Any, start: int) -> bool:

@@ -160,7 +160,7 @@ def _as_path(table: Table, row: int, cell: object) -> str:
         problem = "the path is empty"
     elif "\0" in cell:
         problem = "the path has a zero byte"
-    elif is_address(cell) or cell.startswith(("file://", "data:")):
+    elif is_address(cell) or cell.lower().startswith(("file://", "data:")):
         problem = f"{hide_secrets(cell)[:80]!r} is an address; download the images, and write the paths of the copies"
     if problem:
         raise InputError(f"{table.shown}, {table.place(row)}: {problem}")
