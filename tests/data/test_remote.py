@@ -210,7 +210,7 @@ def test_checksums_of_the_server_are_compared(web_files: WebServer, tmp_path, jp
         wrong, right = (base64.b64encode(hashlib.sha256(each).digest()).decode() for each in (b"other", content))
     shape = "crc32c=AAAAAA==,md5={}" if way == "x-goog-hash" else "sha-256=:{}:"
     web_files.more[way] = shape.format(wrong)
-    with pytest.raises(InputError, match=r"arrived damaged \(its (MD5|SHA256) is"):
+    with pytest.raises(InputError, match=r"arrived damaged twice \(its (MD5|SHA256) is"):
         opened(f"wds:{web_files.address}/train.tar")
     assert not [*(tmp_path / "cache").rglob("train.tar")]
     # Of a file that was unpacked on the way, the checksum is that of another one.
