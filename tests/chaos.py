@@ -3,13 +3,16 @@
     python tests/chaos.py --kills 200 --seed 0
     python tests/chaos.py --kind wsd --kills 20
 
-Half of the kills come at a random instant of the command, the others in the moment in which something half-written lies
-in its folder. All processes of the command are killed at once (SIGKILL). Then the same command is started again, until
-it ends. What it has left must be that of the uninterrupted commands: the same files, with the same bytes but for times
-and places, and nothing else.
+Half of the kills come after a random share of the command's processor time, the others in the first moment after that
+in which something half-written lies in its folder. All processes of the command are killed at once (SIGKILL). Then the
+same command is started again, until it ends. What it has left must be that of the uninterrupted commands: the same
+files, with the same bytes but for times and places, and nothing else.
+
+Commands run in forked processes that find the libraries loaded, since loading them takes seconds and writes nothing.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +20,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from forked import ForkedProcess, load_libraries, skip_plots, start_command
 from PIL import Image
 
 SMALL = [
@@ -68,19 +71,21 @@ class Kind:
         commands: the words of each, given the folder for what they write.
         prepare: makes what they read, in a folder that all tries share; returns it.
         own_cache: whether each try has a cache of its own, which counts among what the commands leave.
+        processes: processes of one command that train together.
     """
 
     commands: Callable[[Path, Path], list[list[str]]]
     prepare: Callable[[Path], object] = lambda _shared: None
     own_cache: bool = False
+    processes: int = 1
 
 
-def distill(*more: str, launcher: tuple[str, ...] = ("-m", "funmatch")) -> Callable[[Path, Path], list[list[str]]]:
+def distill(*more: str) -> Callable[[Path, Path], list[list[str]]]:
     """Returns the command of a distillation with further options, in which FOLDER stands for the folder."""
 
     def commands(folder: Path, _shared: Path) -> list[list[str]]:
         words = [word.replace("FOLDER", str(folder)) for word in more]
-        return [[*launcher, "distill", *SMALL, *words, "--out", str(folder / "run")]]
+        return [["-m", "funmatch", "distill", *SMALL, *words, "--out", str(folder / "run")]]
 
     return commands
 
@@ -140,9 +145,7 @@ KINDS = {
     "tape": Kind(distill("--steps", "40", "--tape", "FOLDER/tape")),
     "wsd": Kind(wsd),
     "students": Kind(distill("--steps", "30", "--student", "resnet10t", "--side", "32")),
-    "processes": Kind(distill("--steps", "40", launcher=(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "funmatch",
-    ))),
+    "processes": Kind(distill("--steps", "40"), processes=2),
     "tune": Kind(tune),
     "study": Kind(study, lambda shared: (shared / "study.toml").write_text(STUDY)),
     "prepare": Kind(
@@ -165,30 +168,26 @@ def environment(cache: Path | None) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), **extra}
 
 
-def start(words: list[str], env: dict[str, str]) -> subprocess.Popen:
+def start(words: list[str], env: dict[str, str], processes: int = 1) -> ForkedProcess:
     output = tempfile.TemporaryFile()
-    process = subprocess.Popen(
-        [sys.executable, *words], env=env, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    process = start_command(words, env, output, processes=processes)
     process.output = output  # type: ignore[attr-defined]
     return process
 
 
-def call(words: list[str], env: dict[str, str]) -> float:
-    """Runs a command to its end; returns its duration in seconds.
+def call(words: list[str], env: dict[str, str], processes: int = 1) -> float:
+    """Carries out a command to its end; returns its processor time in seconds.
 
     Raises:
         RuntimeError: it failed; the message is what it printed last.
     """
-    began = time.monotonic()
-    process = start(words, env)
+    process = start(words, env, processes)
     if process.wait():
         raise RuntimeError(f"exit {process.returncode}: {said(process)}")
-    return time.monotonic() - began
+    return process.seconds
 
 
-def said(process: subprocess.Popen) -> str:
+def said(process: ForkedProcess) -> str:
     """Returns the end of what a process printed."""
     process.output.seek(0)  # type: ignore[attr-defined]
     return process.output.read().decode(errors="replace")[-1500:]  # type: ignore[attr-defined]
@@ -202,7 +201,7 @@ def descendants(pid: int) -> Iterator[int]:
             yield from descendants(int(child))
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: ForkedProcess) -> None:
     """Kills a process and all that it started."""
     try:
         pids = [*descendants(process.pid)]
@@ -227,19 +226,42 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_and_kill(process: subprocess.Popen, rng: random.Random, seconds: float, folders: list[Path]) -> bool:
-    """Kills a process at a random instant, or when something half-written is there; returns whether it was alive."""
-    instant = time.monotonic() + rng.uniform(0.0, seconds)
+def processor_seconds(pid: int) -> float:
+    """Returns the processor time of a process and all that it started, those that have ended too."""
+    ticks = 0
+    for each in descendants(pid):
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def wait_and_kill(process: ForkedProcess, rng: random.Random, seconds: float, folders: list[Path]) -> bool:
+    """Kills a process after a random share of its time, or when something half-written is there.
+
+    Args:
+        process: the process.
+        rng: decides.
+        seconds: its processor time; that of the clock depends on what else the machine does.
+        folders: where something half-written may be.
+
+    Returns:
+        whether it was alive.
+    """
+    share = rng.uniform(0.0, seconds)
     aimed = rng.random() < 0.5
+    due = False
     while process.poll() is None:
-        if time.monotonic() > instant:
+        with contextlib.suppress(OSError):  # a child of it has just ended
+            due = due or processor_seconds(process.pid) > share
+        if due:
             if not aimed:
+                time.sleep(rng.uniform(0, 0.01))  # processor time is counted in ticks of that length
                 break
             if any(path for folder in folders for path in half_written(folder)):
                 time.sleep(rng.uniform(0, 0.002))
                 break
         # Half-written things lie there for milliseconds.
-        time.sleep(0.0005 if aimed else 0.005)
+        time.sleep(0.0005 if due else 0.005)
     if process.poll() is not None:
         return False
     kill(process)
@@ -310,9 +332,10 @@ class Chaos:
         return environment(folder / "cache" if self.kind.own_cache else None)
 
     def uninterrupted(self) -> tuple[dict[str, str], list[float]]:
-        """Runs the commands once; returns what they leave, and the duration of each."""
+        """Runs the commands once; returns what they leave, and the processor time of each."""
         folder = self.folder("try")  # the same name for all: paths are recorded
-        seconds = [call(words, self.env(folder)) for words in self.kind.commands(folder, self.shared)]
+        commands = self.kind.commands(folder, self.shared)
+        seconds = [call(words, self.env(folder), self.kind.processes) for words in commands]
         return contents(folder), seconds
 
     def attempt(self) -> tuple[int, str]:
@@ -321,13 +344,13 @@ class Chaos:
         try:
             for words, seconds in zip(self.kind.commands(folder, self.shared), self.seconds, strict=True):
                 for _ in range(self.rng.randint(1, MOST_KILLS)):
-                    process = start(words, self.env(folder))
+                    process = start(words, self.env(folder), self.kind.processes)
                     if not wait_and_kill(process, self.rng, seconds, [folder]):
                         if process.returncode:
                             return kills, f"refused: {said(process)}"
                         break
                     kills += 1
-                call(words, self.env(folder))
+                call(words, self.env(folder), self.kind.processes)
         except RuntimeError as error:
             return kills, f"refused: {error}"
         return kills, self.differences(contents(folder))
@@ -349,6 +372,8 @@ def main() -> None:
     options = parser.parse_args()
     kinds = options.kind or list(KINDS)
     wrong = 0
+    load_libraries()
+    skip_plots()
     print("| commands | kills | series | ended the same | else |\n|---|---|---|---|---|")
     for number, name in enumerate(kinds):
         with tempfile.TemporaryDirectory(prefix="funmatch-chaos-") as place:

@@ -184,6 +184,12 @@ WRONG = {
     "number": ("a.toml", "unlabelled = 1\n", ["unlabelled: wanted true or false, got 1"]),
     "list": ("a.toml", "lr = [1, 2]\n", ["lr: wanted a number, got [1, 2]"]),
     "pair": ("a.toml", "randaugment = [1, 2, 3]\n", ["randaugment: wanted 2 whole numbers"]),
+    "no pair": ("a.yaml", "crop_ratio:\n", ["line 1", "crop_ratio: wanted 2 numbers, got None"]),
+    "no pair of a run": (
+        "a.json",
+        json.dumps({"verb": "distill", "knobs": {"crop_ratio": None}, "facts": {}}),
+        ["crop_ratio: wanted 2 numbers, got None"],
+    ),
     "choice": ("a.toml", "precision = 'fp8'\n", ["wanted one of auto, fp32, bf16, fp16, got 'fp8'"]),
     "date": ("a.toml", "student = 2024-01-01\n", ["student: wanted a string"]),
     "bound": ("a.toml", "\nepochs = -1\n", ["line 2", "epochs must be above 0, got -1"]),

@@ -14,11 +14,9 @@ Files that libraries write by themselves, as safetensors does, count with the ca
 import argparse
 import builtins
 import ctypes
-import importlib
 import io
 import json
 import os
-import pkgutil
 import shutil
 import signal
 import subprocess
@@ -29,16 +27,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from chaos import STUDY, contents, write_images
+from forked import code_of, load_libraries, skip_plots
 from make_images import write_few
-
-import funmatch
-from funmatch import cli
-from funmatch.models import names
 
 CALLS = (
     "replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync", "truncate", "symlink", "link", "pwrite",
@@ -147,7 +141,7 @@ class InlineProcess:
             watching.wanted = lambda _place: False
             for number in (1, 2):
                 os.dup2(stdout.fileno(), number)
-            os._exit(_code_of(words[3:]))
+            os._exit(code_of(words[3:]))
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -162,33 +156,6 @@ class InlineProcess:
 
 
 watching = Watch(lambda _place: False)
-
-
-@cache
-def load_libraries() -> None:
-    """Imports what commands import, once for all forked processes."""
-    for module in pkgutil.walk_packages(funmatch.__path__, "funmatch."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    names.timm_names()
-    cli.parse(["report", "a-run"])
-
-
-def _code_of(words: Words) -> int:
-    """Carries out a command in this process; returns its exit code."""
-    try:
-        cli.main(words)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return 0
 
 
 def carry_out(words: Words, env: dict[str, str], wanted: Callable[[Place], bool]) -> tuple[int, Counter[Site], str]:
@@ -211,7 +178,7 @@ def carry_out(words: Words, env: dict[str, str], wanted: Callable[[Place], bool]
                 _prepare_child()
                 watching.wanted = wanted
                 watching.install()
-                code = _code_of(words)
+                code = code_of(words)
                 watching.wanted = lambda _place: False
                 sites.write(json.dumps([[*site, count] for site, count in watching.seen.items()]).encode())
                 sites.flush()
@@ -229,9 +196,10 @@ def carry_out(words: Words, env: dict[str, str], wanted: Callable[[Place], bool]
 def _prepare_child() -> None:
     """Leaves out what takes time and writes nothing: curves; and starts a study's runs in forked processes."""
     from funmatch.commands.study import runner
-    from funmatch.reports import run_plots
+    from funmatch.training.teachers import predictions
 
-    run_plots.plot = lambda *_: "<svg/>"
+    skip_plots()
+    predictions.LEAST_SECONDS = 0.0  # else the time decides what is left
     runner.subprocess = type("Inline", (), {"Popen": InlineProcess, "DEVNULL": subprocess.DEVNULL})
     runner.POLL_SECONDS = 0.0
 

@@ -127,8 +127,8 @@ class Kind:
     def accepts(self, value: Any) -> bool:
         """Whether a value is of this kind."""
         if value is None:
-            # None stands for an empty list, too: it is Python's word for nothing.
-            return self.optional or self.several
+            # None stands for an empty list, too: it is Python's word for nothing. A pair is never empty.
+            return self.optional or (self.several and not self.count)
         if isinstance(value, dict):
             return self.pairs
         if isinstance(value, list | tuple):

@@ -1,5 +1,6 @@
 """Joins the processes of one run through torch.distributed, and lets them reduce, broadcast and wait."""
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -70,7 +71,13 @@ def process_group(device_name: str, hang_timeout: str = HANG_TIMEOUT) -> Generat
 
 
 def _rendezvous_store() -> dist.Store:
-    """Returns the store in which the processes find each other."""
+    """Returns the store in which the processes find each other.
+
+    Raises:
+        InputError: torchrun passed on port 0, at which nobody listens; torch would try to reach it for minutes.
+    """
+    if os.environ.get("MASTER_PORT") == "0":
+        raise InputError("torchrun was started with --master-port 0; pass --standalone, or the number of a free port")
     store, _, _ = next(rendezvous("env://"))
     # A prefix for each group: runs follow each other in one process, and keys of an earlier group are still there.
     return dist.PrefixStore(f"funmatch-{next(_groups_joined)}", store)

@@ -257,11 +257,13 @@ def test_what_has_no_labels_or_too_few_classes_is_refused(tmp_path, images):
     assert not any((tmp_path / name).exists() for name in "abc")
 
 
-def test_features_that_are_not_finite_are_named(tmp_path, images):
+def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path, images, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     net = timm.create_model("test_convnext", num_classes=0)
     torch.nn.init.constant_(net.stem[0].bias, float("nan"))
     with pytest.raises(InputError, match=r"features that are not finite for 15 of 15 train images, e.g. .*ant"):
         funmatch.head(images, net, tmp_path / "head", side=32)
+    assert not [*(tmp_path / "cache").rglob("features.npy")]
 
 
 @pytest.mark.parametrize(

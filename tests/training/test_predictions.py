@@ -90,6 +90,16 @@ def test_code_of_the_user_is_asked_in_each_run(predicted, tmp_path):
     assert not places(tmp_path)
 
 
+def test_logits_that_are_not_finite_are_not_kept(predicted, tmp_path, monkeypatch):
+    original = scoring.predict
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "predict", lambda *given: original(*given) * float("nan"))
+        with pytest.raises(funmatch.InputError, match="not finite"):
+            distill(tmp_path, "broken")
+    assert predicted == ["val"]
+    assert not places(tmp_path)
+
+
 def test_a_cache_that_cannot_be_written_costs_time_alone(predicted, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / predictions.FOLDER).write_text("in the way")

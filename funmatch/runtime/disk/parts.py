@@ -43,6 +43,14 @@ def read_checked(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return None
 
 
+def read_whole(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Reads an array that `compute_in_parts` kept; returns None where it is missing or damaged."""
+    array = read_checked(path, shape)
+    if array is not None:
+        _remove_parts(path.parent)  # a process that was killed after joining them has left some
+    return array
+
+
 def compute_in_parts(
     path: Path,
     shape: tuple[int, ...],
@@ -51,7 +59,7 @@ def compute_in_parts(
     label: str,
     about: Mapping[str, Any],
 ) -> np.ndarray:
-    """Computes an array that `read_checked` did not find, and keeps it; returns it.
+    """Computes an array that `read_whole` did not find, and keeps it; returns it.
 
     Args:
         path: of the array.
@@ -99,7 +107,11 @@ def _compute_parts(
                 # Between the listing and the lock, another process may have finished the part, or joined them all.
                 if not part.is_file() and not path.is_file():
                     write_checked(part, compute(parts[part]))
-    # Also parts of earlier, killed processes, and locks.
+    _remove_parts(folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes the parts of an array that is whole, also those of earlier, killed processes, and their locks."""
     for leftover in folder.glob("part-*"):
         leftover.unlink(missing_ok=True)
 

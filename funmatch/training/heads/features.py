@@ -15,7 +15,7 @@ from funmatch.errors import InputError
 from funmatch.models.classifier import fingerprint, function_of
 from funmatch.models.inference.features import Features, count_features
 from funmatch.runtime.disk.files import cache_home
-from funmatch.runtime.disk.parts import compute_in_parts, read_checked
+from funmatch.runtime.disk.parts import compute_in_parts, read_whole
 from funmatch.runtime.log import info
 from funmatch.training import datasets
 from funmatch.training.evaluation import scoring
@@ -72,7 +72,7 @@ class FrozenBackbone:
         }
         folder = cache_home() / FOLDER / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
         path, shape = folder / "features.npy", (len(split), self.size)
-        found = read_checked(path, shape)
+        found = read_whole(path, shape)
         if found is None:
             info(
                 f"{self.name}: computing features of {len(split):,} {split.name} images once; they are kept in {folder}"
@@ -82,7 +82,11 @@ class FrozenBackbone:
         else:
             info(f"{self.name}: features of {len(split):,} {split.name} images are those of an earlier start")
         features = torch.from_numpy(found)
-        self._check_finite(features, config, split)
+        try:
+            self._check_finite(features, config, split)
+        except InputError:
+            path.unlink()  # a fault of the machine may be the reason, which is not to be kept
+            raise
         return features
 
     def _compute(self, split: CachedSplit, rows: range) -> np.ndarray:

@@ -22,7 +22,7 @@ from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sampl
 from funmatch.ops.tasks.task import MULTICLASS
 from funmatch.runtime import devices
 from funmatch.runtime.disk.files import cache_home
-from funmatch.runtime.disk.parts import compute_in_parts, read_checked
+from funmatch.runtime.disk.parts import compute_in_parts, read_whole
 from funmatch.runtime.log import info
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.freezing import COMPARED_IMAGES
@@ -156,7 +156,7 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
     folder = cache_home() / "answers" / digest
     path = folder / "answers.npy"
     shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)
-    table = read_checked(path, shape)
+    table = read_whole(path, shape)
     if table is None:
         views = len(source.split) * source.crops * len(teachers.members)
         info(f"fixed teacher: predicting {views:,} views once; logits are cached in {folder}")

@@ -95,7 +95,9 @@ def _predict_once(teacher: MemberAnswers, split: CachedSplit, view: scoring.Eval
     began = time.perf_counter()
     logits = scoring.predict(teacher, split, view)
     took = time.perf_counter() - began
-    if took >= LEAST_SECONDS and logits.numel() <= MOST_NUMBERS and logits.shape == shape:
+    # Where some are not finite, a fault of the machine may be the reason, which is not to be kept.
+    sound = logits.shape == shape and bool(logits.isfinite().all())
+    if sound and took >= LEAST_SECONDS and logits.numel() <= MOST_NUMBERS:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checked(path, logits.numpy())
