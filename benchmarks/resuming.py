@@ -5,7 +5,7 @@
 "demo" are the embedded images, teacher and student, "big" is R101x3 to R50x1 at 128 px with batch 2 on prepared images:
 each run is killed (SIGKILL) once it has saved and trained on, and started again. Seconds count from the process's
 beginning until the first step after the checkpoint is recorded on the disk; the step after it says how much of that is
-the step itself. "processes" compares images a second of R101x1 to ResNet-18 at 128 px, batch 16, in one process of one
+the step itself. "processes" compares images a second of R101x1 to ResNet-18 at 128 px, batch 64, in one process of one
 thread and in two, in alternating order. Networks have random weights.
 """
 
@@ -30,7 +30,7 @@ COMMON = ["--log-every", "1", "--eval-every", "100000", "--steps", "1000"]
 DEMO = ["--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
 SKIPPED = 5
 """Steps at the beginning of a run that do not count towards its speed."""
-COUNTED = 25
+COUNTED = 12
 IMAGES = 64
 
 
@@ -111,7 +111,7 @@ def spread(values: list[float]) -> str:
 def measure(what: str, rounds: int, folder: Path) -> str:
     """Returns a row of the table."""
     if what == "processes":
-        words, found = pair(folder, "resnetv2_101x1_bit", "resnet18", 16), []
+        words, found = pair(folder, "resnetv2_101x1_bit", "resnet18", 64), []
         for number in range(rounds):
             order = (1, 2) if number % 2 else (2, 1)
             found.append({processes: speed(words, folder, processes) for processes in order})

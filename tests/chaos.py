@@ -56,7 +56,7 @@ MOST_KILLS = 3
 """Kills of a command before it is left alone, at most."""
 TIMED = {
     "seconds", "images_per_second", "run", "checksum", "measured", "date", "started", "machine", "log_bytes", "log_crc",
-    "id",
+    "id", "seconds_features", "seconds_fit",
 }  # fmt: skip
 """Keys of values that differ between two runs of the same command."""
 DRAWN = (".html", ".svg", ".log", ".sqlite3", ".db", ".txt", ".md")
@@ -157,7 +157,10 @@ KINDS = {
         ],
         write_images,
     ),
-    "export": Kind(copied("export", "FOLDER/run", "--format", "timm", "--out", "FOLDER/exported"), finish_run),
+    # With --overwrite, since a kill may come after everything is done.
+    "export": Kind(
+        copied("export", "FOLDER/run", "--format", "timm", "--overwrite", "--out", "FOLDER/exported"), finish_run
+    ),
     "report": Kind(copied("report", "FOLDER/run"), finish_run),
 }  # fmt: skip
 

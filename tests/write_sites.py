@@ -281,11 +281,14 @@ KINDS = {
     "shards": Kind(
         one("prepare", "IN/images", "--to", "tfrecord", "--shard-size", "9", "--out", "OUT/shards"), some_images
     ),
-    "export": Kind(one("export", "OUT/run", "--format", "timm", "--out", "OUT/exported"), finish_run, copy_run),
+    # With --overwrite, since the end may come after everything is done.
+    "export": Kind(
+        one("export", "OUT/run", "--format", "timm", "--overwrite", "--out", "OUT/exported"), finish_run, copy_run
+    ),
     "reports": Kind(
         series(
             one("report", "OUT/run"), one("evaluate", "OUT/run"),
-            one("predict", "OUT/run", f"{FEWEST}/test", "--out", "OUT/rows.csv"),
+            one("predict", "OUT/run", f"{FEWEST}/test", "--overwrite", "--out", "OUT/rows.csv"),
         ), finish_run, copy_run,
     ),
 }  # fmt: skip
