@@ -28,7 +28,7 @@ SOURCES, HEADERS = (tuple(map(Path(__file__).with_name, names)) for names in (NA
 # Vectors wider than the processor's are no mistake: the compiler cuts them (-Wno-psabi).
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 # Written out as vectors, these are as fast with less optimization, which takes half the time.
-LESS_OPTIMIZED = {"batch_norms.cpp": "-O2"}
+FURTHER_FLAGS = {"batch_norms.cpp": ("-O2",)}
 # The fastest first. Compilers prefer 256-bit vectors even where the processor has 512; some know neither flag.
 CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 CPU_INFO = Path("/proc/cpuinfo")
@@ -173,7 +173,7 @@ def _build() -> Path:
     version = _version_of(compiler)
     # Everything that decides the machine code: a home folder may be shared by machines with different processors.
     sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
-    key = (sources, FLAGS, LESS_OPTIMIZED, CPU_FLAGS, version, platform.machine(), _processor())
+    key = (sources, FLAGS, FURTHER_FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
     path = _folder() / f"{hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()}.so"
     if _is_ours(path.parent) and _is_intact(path):
         return path
@@ -204,11 +204,12 @@ def _compile(command: list[str], library: Path) -> str | None:
 
     # At the same time: the first run on a machine waits for it.
     objects = [library.with_name(f"{source.stem}.o") for source in SOURCES]
-    levels = [LESS_OPTIMIZED.get(source.name, "-O3") for source in SOURCES]
+
+    def compile_one(source: Path, into: Path) -> str | None:
+        return complaint("-c", *FURTHER_FLAGS.get(source.name, ()), source, "-o", into)
+
     with ThreadPoolExecutor(len(SOURCES)) as pool:
-        complaints = [
-            *pool.map(lambda source, into, level: complaint("-c", level, source, "-o", into), SOURCES, objects, levels)
-        ]
+        complaints = [*pool.map(compile_one, SOURCES, objects)]
     found = next((each for each in complaints if each is not None), None)
     return complaint(*objects, "-o", library) if found is None else found
 
