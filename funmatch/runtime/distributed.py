@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import count
 from typing import Any, TypeVar
 
@@ -78,9 +79,23 @@ def _rendezvous_store() -> dist.Store:
     """
     if os.environ.get("MASTER_PORT") == "0":
         raise InputError("torchrun was started with --master-port 0; pass --standalone, or the number of a free port")
-    store, _, _ = next(rendezvous("env://"))
+    store = _connect(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     # A prefix for each group: runs follow each other in one process, and keys of an earlier group are still there.
     return dist.PrefixStore(f"funmatch-{next(_groups_joined)}", store)
+
+
+@cache
+def _connect(_address: str) -> dist.Store:
+    """Returns the store at torchrun's address, the same one for as long as this process lives.
+
+    Rank 0 may hold it. If it ended with a run, a faster process could still find it for its next run, lose it, and be
+    waited for by rank 0 at a new one.
+
+    Args:
+        _address: a key alone; torch reads the variables by itself.
+    """
+    store, _, _ = next(rendezvous("env://"))
+    return store
 
 
 def _init_process_group(store: dist.Store, device: torch.device) -> None:

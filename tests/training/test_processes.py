@@ -206,6 +206,10 @@ is_other = os.fork() == 0
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(is_other))
 if is_other:
     os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 1)
+else:
+    # The process that holds the store leaves last: the other must not find a store that is about to end.
+    leave = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda: (time.sleep(0.3), leave())
 
 def gradients(net, views, weights):
     net.zero_grad()
