@@ -26,7 +26,8 @@ def sync_batchnorm(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _convert(module: nn.Module) -> nn.Module:
-    converted = GlobalBatchNorm(module) if isinstance(module, _BatchNorm) else module
+    kind = GlobalBatchNormAct if hasattr(module, "act") else GlobalBatchNorm
+    converted = kind(module) if isinstance(module, _BatchNorm) else module
     # The children too: a BatchNormAct2d has its activation as one.
     for name, child in module.named_children():
         converted.add_module(name, _convert(child))
@@ -37,15 +38,13 @@ class GlobalBatchNorm(_BatchNorm):
     """BatchNorm of the global batch, of which every process has an equal share; for CPUs.
 
     Args:
-        norm: torch's BatchNorm of any number of dimensions, or timm's `BatchNormAct2d`, whose `drop` and `act` are
-            applied afterwards. Its parameters and buffers become this module's own.
+        norm: torch's BatchNorm of any number of dimensions. Its parameters and buffers become this module's own.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         # The same dicts, not copies: the optimizer and the EMA hold these tensors.
         self._parameters, self._buffers = norm._parameters, norm._buffers
-        self.after: tuple[str, ...] = tuple(name for name in ("drop", "act") if hasattr(norm, name))
         self.training = norm.training
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -53,10 +52,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         # In evaluation the statistics are the same everywhere, so processes may evaluate different numbers of batches.
-        output = self.normalize_global(input) if self.training else super().forward(input)
-        for name in self.after:
-            output = getattr(self, name)(output)
-        return output
+        return self.normalize_global(input) if self.training else super().forward(input)
 
     def normalize_global(self, input: Tensor) -> Tensor:
         """Normalizes by the mean and variance of all processes' inputs, and updates the running statistics.
@@ -88,3 +84,13 @@ class GlobalBatchNorm(_BatchNorm):
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """timm's `BatchNormAct2d`, whose `drop` and `act` are applied to what is normalized."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))

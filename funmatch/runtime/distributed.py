@@ -25,6 +25,8 @@ T = TypeVar("T")
 TIMEOUT = timedelta(days=30)
 """How long processes wait for each other. One may take hours to index ImageNet; one that ends or hangs is noticed."""
 HANG_TIMEOUT = "10m"
+LARGE = 2**18
+"""Numbers of a tensor from which copying it into a message costs more than a message of its own."""
 # Number of the process groups that this process has joined, one after another.
 _groups_joined = count()
 
@@ -205,14 +207,27 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def _for_flattened_(tensors: Sequence[Tensor], change_: Callable[[Tensor], object]) -> None:
-    """Changes tensors in place, all of one dtype in a single flat tensor: one message a step, not one a tensor."""
-    # dict.fromkeys instead of a set: all processes must take the dtypes in the same order.
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+    """Changes tensors in place, small ones of one dtype in one flat tensor: one message a step, not one a tensor."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() >= LARGE and (flat := _as_it_lies(tensor)) is not None:
+            change_(flat)
+        else:
+            # A dict, and no set: all processes must take the dtypes in the same order.
+            small.setdefault(tensor.dtype, []).append(tensor)
+    for group in small.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         change_(flat)
         for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor | None:
+    """Returns a tensor's numbers in the order of memory, without a copy; None where they do not lie side by side."""
+    # Gradients lie as their parameters do, so the order is the same in every process.
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)  # channels last
+    return tensor.view(-1) if tensor.is_contiguous() else None
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

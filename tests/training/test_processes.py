@@ -197,7 +197,9 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 from funmatch.errors import InputError
+from funmatch.models.inference.native.layers import use_native_kernels
 from funmatch.models.sync_batchnorm import GlobalBatchNorm, sync_batchnorm
+from funmatch.ops.native import batch_norms
 from funmatch.runtime import distributed, env
 from funmatch.runtime.env import reported_elsewhere
 
@@ -216,24 +218,47 @@ def gradients(net, views, weights):
     (net(views) * weights).sum(1).mean().backward()
     return [each.grad for each in net.parameters()]
 
-def build():
+def build(momentum, last):
     torch.manual_seed(0)
-    norms = BatchNormAct2d(8, act_layer=nn.SiLU, momentum=None), nn.BatchNorm2d(4), nn.BatchNorm1d(64)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.Conv2d(8, 4, 3), norms[1], nn.Flatten(), norms[2])
+    norms = BatchNormAct2d(8, act_layer=nn.SiLU, momentum=momentum), nn.BatchNorm2d(4), nn.SiLU()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.Conv2d(8, 4, 3), *norms[1:], nn.Flatten(), last)
+    return net.to(memory_format=torch.channels_last)
 
-with distributed.process_group("cpu"):
-    plain, ours = build(), sync_batchnorm(build(), torch.device("cpu"))
+def compare(plain, ours, dtype, **tolerance):
+    plain, ours = plain.double(), ours.to(dtype)
+    check = lambda *pair: torch.testing.assert_close(*pair, check_dtype=False, **tolerance)
     assert isinstance(ours[3], GlobalBatchNorm)
     assert plain.state_dict().keys() == ours.state_dict().keys()
     rows = slice(env.rank() * 3, env.rank() * 3 + 3)
     for turn in range(3):
-        views, weights = 5 + torch.rand(6, 3, 8, 8), torch.randn(6, 64)
-        whole, shares = gradients(plain, views, weights), gradients(ours, views[rows], weights[rows])
+        views, weights = 5 + torch.rand(6, 3, 8, 8, dtype=dtype), torch.randn(6, 64, dtype=dtype)
+        views = views.contiguous(memory_format=torch.channels_last)
+        whole = gradients(plain, views.double(), weights.double())
+        shares = gradients(ours, views[rows], weights[rows])
         distributed.all_reduce_mean_(shares)
-        torch.testing.assert_close(shares, whole, rtol=1e-4, atol=1e-4)
+        check(shares, whole)
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.eval()(views), plain.eval()(views))
+        check(ours.state_dict()[name], tensor)
+    check(ours.eval()(views), plain.eval()(views.double()))
+
+with distributed.process_group("cpu"):
+    # Without a momentum the kernels leave the work to torch, and so they do in double precision.
+    for momentum in (None, 0.2):
+        nets = [build(momentum, nn.BatchNorm1d(64)) for _ in range(2)]
+        compare(nets[0], sync_batchnorm(nets[1], torch.device("cpu")), torch.double, rtol=1e-9, atol=1e-9)
+    if not batch_norms.why_unavailable():
+        native = sync_batchnorm(build(0.2, nn.Identity()), torch.device("cpu"))
+        used, kernel = [], batch_norms.batch_norm
+        batch_norms.batch_norm = lambda *arguments: used.append(arguments) or kernel(*arguments)
+        native = use_native_kernels(native, training_only=True, kinds=("batch_norm",))
+        compare(build(0.2, nn.Identity()), native, torch.float, rtol=1e-4, atol=1e-4)
+        assert len(used) == 6 and used[1][6] is nn.SiLU  # with the activation
+    # Larger than what is put into one message with others, as they lie in memory, or not side by side.
+    large = [torch.full((64, 64, 8, 8), env.rank() + 1.0)]
+    large += [torch.full((64, 8, 8, 64), env.rank() + 2.0).permute(0, 3, 1, 2)]
+    large += [torch.full((64, 128, 64), env.rank() + 3.0)[:, ::2], torch.full((3,), env.rank() + 4.0)]
+    distributed.all_reduce_mean_(large)
+    assert [each.unique().tolist() for each in large] == [[1.5], [2.5], [3.5], [4.5]]
     assert distributed.all_reduce_max(env.rank()) == 1
     assert distributed.broadcast_from_main(env.rank) == 0
     own = [torch.full((2, 2), env.rank()), torch.full((3,), float(env.rank()))]

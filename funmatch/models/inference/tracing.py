@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from timm.layers import GELU
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Tracer(fx.Tracer):
@@ -12,7 +13,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # timm's subclasses of these are no leaves by themselves, since they do not belong to torch.
-        is_single = isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm) or type(m).__module__ == GELU.__module__
+        is_single = isinstance(m, nn.Conv2d | _BatchNorm | nn.LayerNorm) or type(m).__module__ == GELU.__module__
         return is_single or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from funmatch.ops.native import library
 from funmatch.ops.native.norms import DTYPES, TOLERANCE
+from funmatch.runtime import distributed
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
 """The activations that the kernels compute, in the order of `batch_norms.cpp`."""
@@ -55,43 +56,68 @@ def _by_torch(
     return activation()(F.batch_norm(x, *running, weight, bias, True, momentum, eps))
 
 
-def _shape(x: Tensor, eps: float, momentum: float, activation: int) -> library.BatchShape:
+def _shape(x: Tensor, processes: int, eps: float, momentum: float, activation: int) -> library.BatchShape:
     n, channels, height, width = x.shape
-    return library.BatchShape(n, height * width, channels, eps, momentum, activation, torch.get_num_threads())
+    count = processes * n * height * width
+    return library.BatchShape(n, height * width, channels, count, eps, momentum, activation, torch.get_num_threads())
+
+
+def _kernel(name: str, x: Tensor) -> Any:
+    return getattr(library.load_library(), f"{name}_{DTYPES[x.dtype]}")
+
+
+def _merge(statistics: Tensor) -> Tensor:
+    """Merges the means and variances of all processes' images, (2, channels) each, which are as many in each process.
+
+    In a form that loses no digits (Chan et al., 1979, equations 2.1).
+    """
+    means, variances = torch.stack(distributed.all_gather(statistics)).unbind(1)
+    mean = means.mean(0)
+    return torch.stack([mean, variances.mean(0) + (means - mean).square().mean(0)])
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, momentum: float,
-        eps: float, activation: int,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, processes: int,
+        momentum: float, eps: float, activation: int,
     ) -> Tensor:  # fmt: skip
-        y, statistics = torch.empty_like(x), torch.empty(2, x.shape[1])
-        kernel = getattr(library.load_library(), f"batch_norm_{DTYPES[x.dtype]}")
+        shape = _shape(x, processes, eps, momentum, activation)
+        statistics = torch.empty(2, x.shape[1], dtype=torch.float64)
+        _kernel("batch_statistics", x)(*library.addresses(x, statistics), shape)
+        if processes > 1:
+            statistics = _merge(statistics)
+        y, used = torch.empty_like(x), torch.empty(2, x.shape[1])
         moved = library.addresses(*running) if running else [None, None]
-        shape = _shape(x, eps, momentum, activation)
-        kernel(*library.addresses(x, y, *statistics), *moved, *library.addresses(weight, bias), shape)
+        _kernel("batch_norm", x)(
+            *library.addresses(x, y, statistics, *used), *moved, *library.addresses(weight, bias), shape
+        )
         # Of the output nothing is kept: the activation's slope is computed from x again.
-        ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.eps, ctx.activation = eps, activation
+        ctx.save_for_backward(x, weight, bias, used)
+        ctx.options = (processes, eps, 0.0, activation)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyrefly: ignore[bad-override]  (torch's is untyped)
-        x, weight, bias, statistics = ctx.saved_tensors
+        x, weight, bias, used = ctx.saved_tensors
         # Autograd may hand over a gradient of another layout, e.g. an expanded one behind a mean.
         grad_y = gradients[0].contiguous(memory_format=torch.channels_last)
-        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        kernel = getattr(library.load_library(), f"batch_norm_backward_{DTYPES[x.dtype]}")
-        tensors = (grad_y, x, grad_x, grad_weight, grad_bias, *statistics, weight, bias)
-        kernel(*library.addresses(*tensors), _shape(x, ctx.eps, 0.0, ctx.activation))
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        shape, grad_x = _shape(x, *ctx.options), torch.empty_like(x)
+        sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+        given = library.addresses(*used, weight, bias)
+        _kernel("batch_norm_sums", x)(*library.addresses(grad_y, x, sums), *given, shape)
+        # Each process returns the gradients of its own loss: they are averaged with those of all other parameters.
+        grad_bias, grad_weight = sums.float()
+        if ctx.options[0] > 1:
+            sums = torch.stack(distributed.all_gather(sums)).sum(0)
+        _kernel("batch_norm_backward", x)(*library.addresses(grad_y, x, grad_x, sums), *given, shape)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, momentum: float, eps: float,
-    activation: type[nn.Module] = nn.Identity,
+    activation: type[nn.Module] = nn.Identity, processes: int = 1,
 ) -> Tensor:  # fmt: skip
     """Computes BatchNorm over the batch (Ioffe & Szegedy, 2015, algorithm 1), followed by an activation.
 
@@ -102,8 +128,9 @@ def batch_norm(
         momentum: share by which they are moved.
         eps: added to the variance.
         activation: one of `ACTIVATIONS`.
+        processes: those that share the batch, if its statistics are those of all; each has as many images.
 
     Returns:
         the shape, dtype and layout of `x`; differentiable once.
     """
-    return _BatchNorm.apply(x, weight, bias, running, momentum, eps, ACTIVATIONS.index(activation))
+    return _BatchNorm.apply(x, weight, bias, running, processes, momentum, eps, ACTIVATIONS.index(activation))

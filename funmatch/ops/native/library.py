@@ -49,7 +49,7 @@ class BatchShape(ctypes.Structure):
     """The `Shape` of `batch_norms.cpp`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels")),
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "count")),
         *((name, ctypes.c_double) for name in ("eps", "momentum")),
         *((name, ctypes.c_int) for name in ("activation", "threads")),
     ]
@@ -85,8 +85,10 @@ SIGNATURES = {
         for name, arguments in {
             "group_norm": [*[POINTER] * 6, ctypes.POINTER(NormShape), NUMBER],
             "group_norm_backward": [*[POINTER] * 9, ctypes.POINTER(NormShape)],
-            "batch_norm": [*[POINTER] * 8, ctypes.POINTER(BatchShape)],
-            "batch_norm_backward": [*[POINTER] * 9, ctypes.POINTER(BatchShape)],
+            "batch_statistics": [POINTER, POINTER, ctypes.POINTER(BatchShape)],
+            "batch_norm": [*[POINTER] * 9, ctypes.POINTER(BatchShape)],
+            "batch_norm_sums": [*[POINTER] * 7, ctypes.POINTER(BatchShape)],
+            "batch_norm_backward": [*[POINTER] * 8, ctypes.POINTER(BatchShape)],
             "depthwise_input": [*[POINTER] * 3, ctypes.POINTER(Window)],
             "depthwise_weight": [*[POINTER] * 3, ctypes.POINTER(Window)],
             "softmax": [POINTER, POINTER, ctypes.POINTER(RowsShape)],

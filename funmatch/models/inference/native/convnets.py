@@ -14,7 +14,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from funmatch.models.inference.native.inputs import compute_dtype, has_kernel_layout, is_enabled, is_plain
+from funmatch.models.sync_batchnorm import GlobalBatchNorm, GlobalBatchNormAct
 from funmatch.ops.native import batch_norms, depthwise, norms
+from funmatch.runtime import env
 
 
 def _batch_norm(norm: Any, x: Tensor, activation: type[nn.Module] = nn.Identity) -> Tensor | None:
@@ -28,23 +30,32 @@ def _batch_norm(norm: Any, x: Tensor, activation: type[nn.Module] = nn.Identity)
         return None
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    return batch_norms.batch_norm(x, norm.weight, norm.bias, running, norm.momentum, norm.eps, activation)
+    processes = env.world_size() if isinstance(norm, GlobalBatchNorm) else 1
+    return batch_norms.batch_norm(x, norm.weight, norm.bias, running, norm.momentum, norm.eps, activation, processes)
 
 
-class NativeBatchNorm2d(nn.BatchNorm2d):
-    """torch's BatchNorm, with the activation behind it if that is a module of its own."""
+class NativeBatchNorm:
+    """Forward pass of a BatchNorm, with the activation behind it if that is a module of its own."""
 
     # A `SkippedOnce`, or None; set through `vars`, as it is not this module's child.
     _activation: nn.Module | None
 
-    def forward(self, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
+    def forward(self, x: Tensor) -> Tensor:
         follower: Any = self._activation
         y = _batch_norm(self, x, follower.kind if follower else nn.Identity)
         if y is None:
-            return super().forward(x)
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
         if follower:
             vars(follower)["_skip"] = True
         return y
+
+
+class NativeBatchNorm2d(NativeBatchNorm, nn.BatchNorm2d):
+    """torch's BatchNorm of images."""
+
+
+class NativeGlobalBatchNorm(NativeBatchNorm, GlobalBatchNorm):  # pyrefly: ignore[inconsistent-inheritance]
+    """BatchNorm of the global batch."""
 
 
 class SkippedOnce:
@@ -91,15 +102,24 @@ SKIPPED: dict[type[nn.Module], type[nn.Module]] = {
 """For each activation that the kernels compute, the class that leaves it out where they did."""
 
 
-class NativeBatchNormAct2d(BatchNormAct2d):
-    """timm's BatchNorm with an activation."""
+class _NativeBatchNormAct:
+    """Forward pass of a BatchNorm that has an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = type(self.act) in batch_norms.ACTIVATIONS and isinstance(self.drop, nn.Identity)
-        y = _batch_norm(self, x, type(self.act) if fused else nn.Identity)
+        own: Any = self
+        fused = type(own.act) in batch_norms.ACTIVATIONS and isinstance(own.drop, nn.Identity)
+        y = _batch_norm(self, x, type(own.act) if fused else nn.Identity)
         if y is None:
-            return super().forward(x)
-        return y if fused else self.act(self.drop(y))
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        return y if fused else own.act(own.drop(y))
+
+
+class NativeBatchNormAct2d(_NativeBatchNormAct, BatchNormAct2d):
+    """timm's BatchNorm with an activation."""
+
+
+class NativeGlobalBatchNormAct(_NativeBatchNormAct, GlobalBatchNormAct):  # pyrefly: ignore[inconsistent-inheritance]
+    """timm's BatchNorm with an activation, of the global batch."""
 
 
 class _NativeDepthwise:
@@ -144,5 +164,5 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Returns whether a module is torch's BatchNorm of images."""
-    return type(module) is nn.BatchNorm2d
+    """Returns whether a module is a BatchNorm of images without an activation of its own."""
+    return type(module) in (nn.BatchNorm2d, GlobalBatchNorm)

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from funmatch.models.inference.native.convnets import (
     SKIPPED,
+    NativeBatchNorm,
     NativeBatchNorm2d,
     NativeBatchNormAct2d,
     NativeDepthwiseConv2d,
     NativeDepthwiseConv2dSame,
+    NativeGlobalBatchNorm,
+    NativeGlobalBatchNormAct,
     is_batch_norm,
     is_depthwise,
 )
@@ -37,6 +40,7 @@ from funmatch.models.inference.native.transformers import (
     is_wide,
 )
 from funmatch.models.inference.tracing import followers
+from funmatch.models.sync_batchnorm import GlobalBatchNorm, GlobalBatchNormAct
 from funmatch.ops.native import batch_norms, depthwise, linear, norms, rows
 
 PRECISIONS = ("fp32", "bf16")
@@ -144,7 +148,12 @@ NATIVE_CLASSES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
         GroupNorm1Act: NativeGroupNorm1Act,
     },
     "std_conv": {StdConv2d: NativeStdConv2d, StdConv2dSame: NativeStdConv2dSame},
-    "batch_norm": {nn.BatchNorm2d: NativeBatchNorm2d, BatchNormAct2d: NativeBatchNormAct2d},
+    "batch_norm": {
+        nn.BatchNorm2d: NativeBatchNorm2d,
+        BatchNormAct2d: NativeBatchNormAct2d,
+        GlobalBatchNorm: NativeGlobalBatchNorm,
+        GlobalBatchNormAct: NativeGlobalBatchNormAct,
+    },
     "depthwise": {nn.Conv2d: NativeDepthwiseConv2d, Conv2dSame: NativeDepthwiseConv2dSame},
     "linear": {nn.Linear: NativeLinear},
     "layer_norm": {
@@ -227,7 +236,7 @@ def use_native_kernels(net: nn.Module, *, training_only: bool, kinds: Collection
         module.__class__ = NATIVE_CLASSES[kind][type(module)]
         # By `vars`, since nn.Module's own assignment is slow and for parameters and modules only.
         vars(module)["_training_only"] = training_only
-        if type(module) is NativeBatchNorm2d:
+        if isinstance(module, NativeBatchNorm):
             vars(module)["_activation"] = _skipping(net, activations.get(name))
         if isinstance(module, nn.LayerNorm):
             vars(module)["_rounded"] = name in rounding
