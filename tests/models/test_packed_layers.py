@@ -1,18 +1,26 @@
 """Frozen networks with packed weights compute what they computed before."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from timm.layers import Mlp
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import funmatch
 from funmatch.models.classifier import Classifier
+from funmatch.models.inference.fold import fold
 from funmatch.models.inference.frozen import Frozen, freeze
 from funmatch.models.inference.modes import AllowedModes, InferenceMode
 from funmatch.models.inference.native import packed as packed_layers
 from funmatch.models.inference.native.packed import ACTIVATIONS, pack_layers
+from funmatch.models.inference.native.sums import fuse_sums
 from funmatch.models.load import load
 from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers.freezing import mode_of
 
 LAST = torch.channels_last
 pytestmark = pytest.mark.skipif(not packed_layers.is_available(), reason="torch has no oneDNN here")
@@ -44,7 +52,7 @@ def fused(net: nn.Module) -> int:
 )  # fmt: skip
 def test_packed_network_gives_equal_logits_for_any_batch(name, activations, precision):
     plain = Frozen(build(name, 64), InferenceMode(precision=precision))
-    packed = Frozen(build(name, 64), InferenceMode(precision=precision, packed=True))
+    packed = Frozen(build(name, 64), InferenceMode(precision=precision, packed=True, sums=True))
     assert fused(packed) >= activations
     reference = Frozen(build(name, 64))
     for count in (4, 1, 7):
@@ -53,6 +61,75 @@ def test_packed_network_gives_equal_logits_for_any_batch(name, activations, prec
         error = (packed(views) - truth).abs().max() / truth.abs().max()
         before = (plain(views) - truth).abs().max() / truth.abs().max()
         assert error <= max({"fp32": 1e-5, "bf16": 1e-2}[precision], 2 * before)
+
+
+def sums_in(frozen: Frozen, views: Tensor) -> int:
+    """Returns how many sums torch computes of images, of which a packed convolution may compute some."""
+    counted = Counted()
+    with counted:
+        frozen(views)
+    return counted.sums
+
+
+class Counted(TorchFunctionMode):
+    """Counts sums of tensors with four dimensions."""
+
+    sums = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "").strip("_")
+        self.sums += name in ("add", "iadd") and all(isinstance(each, Tensor) and each.ndim == 4 for each in args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("resnet18", 8, 0), ("test_resnet", 4, 0), ("tf_efficientnet_lite0", 9, 0), ("regnety_002", 13, 0),
+        # Here another factor follows the last convolution of most blocks.
+        ("seresnet50", 16, 12), ("densenet121", 0, 0),
+    ],
+)  # fmt: skip
+def test_convolutions_add_the_shortcuts_of_their_blocks(name, before, after):
+    views = torch.rand(2, 3, 32, 32)
+    truth = Frozen(build(name, 32))(views)
+    for mode, count in ((InferenceMode(packed=True), before), (InferenceMode(packed=True, sums=True), after)):
+        frozen = Frozen(build(name, 32), mode)
+        assert sums_in(frozen, views) == count
+        assert frozen.mode.sums == (count < before)
+        for each in (frozen, copy.deepcopy(frozen)):
+            torch.testing.assert_close(each(views), truth, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_that_are_watched_train_or_are_not_timms_keep_their_code():
+    class Own(BasicBlock):
+        pass
+
+    def change_hook(net: nn.Module) -> None:
+        net.layer1[0].conv1.register_forward_hook(lambda *_: None)
+
+    def change_class(net: nn.Module) -> None:
+        net.layer1[0].__class__ = Own
+
+    for change, count in ((nn.Module.eval, 8), (nn.Module.train, 0), (change_hook, 7), (change_class, 7)):
+        net = pack_layers(fold(build("resnet18", 32).net.eval()))
+        change(net)
+        assert fuse_sums(net) == count
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("shape", [(2, 6, 4, 5), (6, 1, 1), (1, 6, 4, 5)])
+@pytest.mark.parametrize("kind", ["usual", "gradients", "double"])
+def test_sum_of_any_kind_equals_torchs(activation, shape, kind):
+    torch.manual_seed(0)
+    dtype = torch.double if kind == "double" else torch.float
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2).to(dtype)
+    views, other = torch.randn(2, 4, 8, 9, dtype=dtype), torch.randn(shape, dtype=dtype)
+    truth = conv(views) + other
+    (packed,) = pack_layers(nn.Sequential(conv)).requires_grad_(kind == "gradients")
+    y = packed(views, other, activation)
+    torch.testing.assert_close(y, truth.relu() if activation == "relu" else truth, atol=1e-5, rtol=1e-5)
+    assert y.requires_grad == (kind == "gradients")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -121,6 +198,11 @@ def test_packed_weights_are_tried_where_they_are_allowed(monkeypatch):
     assert mode.is_allowed(allowed)
     assert not mode.is_allowed(AllowedModes(("fp32",)))
     assert "packed weights" in str(mode)
+    assert not replace(mode, sums=True).is_allowed(allowed)
+    assert replace(mode, sums=True).is_allowed(replace(allowed, sums=True))
+    # A record from before there were sums: that run never had them.
+    assert "sums" not in mode.record
+    assert mode_of(mode.record) == mode
     monkeypatch.setattr("funmatch.models.inference.frozen.SMALL_NETWORK", 0)
     monkeypatch.setattr("funmatch.models.inference.timing._median_seconds", lambda frozen, *_: 2.0 - frozen.mode.packed)
     frozen, checks = freeze(lambda: build("test_vit", 64), views, allowed)

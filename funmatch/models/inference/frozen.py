@@ -16,6 +16,7 @@ from funmatch.models.inference.fp32_layers import convert
 from funmatch.models.inference.modes import DTYPES, LAYOUTS, PLAIN, AllowedModes, InferenceMode
 from funmatch.models.inference.native.layers import PRECISIONS, native_group_norms, use_native_kernels
 from funmatch.models.inference.native.packed import pack_layers
+from funmatch.models.inference.native.sums import fuse_sums
 from funmatch.models.inference.outputs import logits_of
 from funmatch.models.inference.parity import ParityCheck, compare
 from funmatch.models.inference.reference import VIEWS, VIEWS_NEAR_LIMIT, FurtherViews, Reference, answer
@@ -72,13 +73,17 @@ class Frozen(nn.Module):
             for head in head_modules(net):
                 head.float().register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
         if mode.packed:
-            self.pack()
+            self.pack(sums=mode.sums)
         self.compiled: tuple[set[torch.Size], Callable[[Tensor], Any]] | None = None
 
-    def pack(self) -> None:
-        """Lays the weights out for oneDNN, for good, as `InferenceMode.packed` says."""
-        self.mode = replace(self.mode, packed=True)
+    def pack(self, *, sums: bool) -> None:
+        """Lays the weights out for oneDNN, for good, as `InferenceMode.packed` says.
+
+        Args:
+            sums: as of `InferenceMode`, where there are any.
+        """
         pack_layers(self.classifier.net)
+        self.mode = replace(self.mode, packed=True, sums=sums and fuse_sums(self.classifier.net) > 0)
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002  (the signature is nn.Module's)
         return self
@@ -205,7 +210,7 @@ def candidate_modes(
         layouts = [*LAYOUTS][:1] if allowed.packed else [*LAYOUTS]
         modes = [InferenceMode(precision=precision, layout=layout) for layout in layouts]
         fastest = min(seconds.values(), default=math.inf)
-        timed = {} if small else time_layouts(build, modes, views, fastest, packed=allowed.packed)
+        timed = {} if small else time_layouts(build, modes, views, fastest, allowed)
         seconds |= timed or {modes[0]: 0.0}
     in_fp32 = [mode for mode in seconds if mode.precision == "fp32"]
     limit = CLEARLY_FASTER * min((seconds[mode] for mode in in_fp32), default=float("inf"))

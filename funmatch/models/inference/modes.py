@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LATER_FIELDS = ("packed", "fp32_layers")
+LATER_FIELDS = ("packed", "sums", "fp32_layers")
 """Fields of `InferenceMode` that records of earlier versions do not have."""
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -23,6 +23,7 @@ class InferenceMode:
         native: GroupNorms are computed by the native CPU kernels where these are available.
         packed: weights are laid out once for oneDNN on the CPU, with activations computed by its kernels
             (`native.packed`), and attention in 16 bits is computed by matrix products (`ops.native.attention`).
+        sums: packed convolutions add the shortcuts of their blocks (`native.sums`).
         fp32_layers: names of modules of the (folded) network that compute in fp32 while the others do in 16 bits.
     """
 
@@ -33,6 +34,7 @@ class InferenceMode:
     compiled: bool = False
     native: bool = False
     packed: bool = False
+    sums: bool = False
     fp32_layers: tuple[str, ...] = ()
 
     @property
@@ -43,7 +45,10 @@ class InferenceMode:
         return {name: value for name, value in found.items() if value or name not in LATER_FIELDS}
 
     def __str__(self) -> str:
-        flags = {"compiled": self.compiled, "native kernels": self.native, "packed weights": self.packed}
+        flags = {
+            "compiled": self.compiled, "native kernels": self.native, "packed weights": self.packed,
+            "fused sums": self.sums,
+        }  # fmt: skip
         words = [self.precision, self.layout.replace("_", " "), *(name for name, is_on in flags.items() if is_on)]
         if self.fp32_layers:
             words.append(f"{', '.join(self.fp32_layers)} in fp32")
@@ -51,13 +56,19 @@ class InferenceMode:
 
     def is_allowed(self, allowed: "AllowedModes") -> bool:
         """Returns whether this is a valid mode and one that is allowed; a record read from disk may be damaged."""
-        has_flags = all(isinstance(flag, bool) for flag in (self.folded, self.compiled, self.native, self.packed))
+        has_flags = all(isinstance(flag, bool) for flag in self._flags)
         has_words = isinstance(self.precision, str) and isinstance(self.layout, str)
         # fp32 is what all fall back to, unless a precision was requested, which is then the only one.
         precisions = allowed.precisions if len(allowed.precisions) == 1 else ("fp32", *allowed.precisions)
-        has_kernels = all(getattr(self, name) <= getattr(allowed, name) for name in ("compiled", "native", "packed"))
+        has_kernels = all(
+            getattr(self, name) <= getattr(allowed, name) for name in ("compiled", "native", "packed", "sums")
+        )
         has_layers = not self.fp32_layers or (self.precision != "fp32" and not self.compiled)
         return has_flags and has_words and has_kernels and has_layers and self._is_known(precisions)
+
+    @property
+    def _flags(self) -> tuple[bool, ...]:
+        return (self.folded, self.compiled, self.native, self.packed, self.sums)
 
     def _is_known(self, precisions: tuple[str, ...]) -> bool:
         return self.precision in precisions and self.layout in LAYOUTS
@@ -76,6 +87,7 @@ class AllowedModes:
         compiled: try `torch.compile`.
         native: try the native kernels for GroupNorm.
         packed: try packed weights.
+        sums: let packed convolutions add shortcuts.
         first: the mode that was best on this machine before; it is tried first.
     """
 
@@ -83,4 +95,5 @@ class AllowedModes:
     compiled: bool = False
     native: bool = False
     packed: bool = False
+    sums: bool = False
     first: InferenceMode | None = None

@@ -65,7 +65,7 @@ class Search:
         self, classifier: Classifier, mode: InferenceMode, views: Tensor, expected: Tensor, seconds: float
     ) -> None:
         # Without packed weights, which would stay those of one precision.
-        self.frozen = Frozen(classifier, replace(mode, precision="fp32", packed=False))
+        self.frozen = Frozen(classifier, replace(mode, precision="fp32", packed=False, sums=False))
         self.dtype = DTYPES[mode.precision]
         self.net, self.views, self.expected = classifier.net, views, expected
         self.until = time.perf_counter() + seconds

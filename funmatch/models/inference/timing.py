@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funmatch.errors import InputError
 from funmatch.models.classifier import to_memory_format
-from funmatch.models.inference.modes import LAYOUTS, InferenceMode
+from funmatch.models.inference.modes import LAYOUTS, AllowedModes, InferenceMode
 
 TIMING_REPEATS = 3
 CLEARLY_FASTER = 1.1
@@ -19,8 +19,9 @@ HOPELESS = 1.5
 
 
 def time_layouts(
-    build: Callable[[InferenceMode], Any], modes: list[InferenceMode], views: Tensor, fastest: float, *, packed: bool
-) -> dict[InferenceMode, float]:
+    build: Callable[[InferenceMode], Any], modes: list[InferenceMode], views: Tensor, fastest: float,
+    allowed: AllowedModes,
+) -> dict[InferenceMode, float]:  # fmt: skip
     """Times modes that differ in their layout only.
 
     Args:
@@ -28,7 +29,7 @@ def time_layouts(
         modes: the usual one first; others have to be clearly faster.
         views: to time with, (n, 3, side, side).
         fastest: seconds of the fastest mode so far; modes that are far from it are not timed further.
-        packed: time packed weights too, which change nothing but the time, so that they need not be clearly faster.
+        allowed: whether to time packed weights too, which need not be clearly faster, as they round no more.
 
     Returns:
         the better mode and its seconds for the views, infinite if it could not be computed.
@@ -40,10 +41,10 @@ def time_layouts(
             frozen.mode = mode
             to_memory_format(frozen.classifier.net, LAYOUTS[mode.layout])
             seconds[mode] = _median_seconds(frozen, views, min([*seconds.values(), fastest]))
-        if packed:
+        if allowed.packed:
             to_memory_format(frozen.classifier.net, LAYOUTS[modes[0].layout])
             frozen.mode = modes[0]
-            frozen.pack()
+            frozen.pack(sums=allowed.sums)
             seconds[frozen.mode] = _median_seconds(frozen, views, min([*seconds.values(), fastest]))
     except InputError:
         raise

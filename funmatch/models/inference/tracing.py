@@ -9,19 +9,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Tracer(fx.Tracer):
-    """Traces a network's code with convolutions, norms and activations as single steps."""
+    """Traces a network's code with convolutions, norms, activations and further modules as single steps."""
+
+    def __init__(self, further: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self.further = further
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # timm's subclasses of these are no leaves by themselves, since they do not belong to torch.
         is_single = isinstance(m, nn.Conv2d | _BatchNorm | nn.LayerNorm) or type(m).__module__ == GELU.__module__
-        return is_single or super().is_leaf_module(m, module_qualified_name)
+        return is_single or isinstance(m, self.further) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(net: nn.Module) -> fx.Graph | None:
-    """Returns the steps of a network; None if it cannot be traced, because its code branches on what it computes."""
+def trace(net: nn.Module, *further: type[nn.Module]) -> fx.Graph | None:
+    """Returns the steps of a network; None if it cannot be traced, because its code branches on what it computes.
+
+    Args:
+        net: the network, or a part of one.
+        further: modules that are single steps, besides convolutions, norms and activations.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):
-            return _Tracer().trace(net)
+            return _Tracer(further).trace(net)
     except Exception:  # tracing a user's code can raise anything
         return None
 

@@ -130,7 +130,8 @@ def _freeze_one(
 ) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, sample.device)
     packed = config.compile == NATIVE and sample.device.type == "cpu" and packed_layers.is_available()
-    allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config), packed)
+    native = _uses_native_norms(teacher, sample, config)
+    allowed = AllowedModes(precisions, config.compiles, native, packed, sums=packed)
     measured = _measurement(teacher, sample, allowed, "first batch" if further is None else "several batches")
     allowed = replace(allowed, first=_measured_mode(measured, allowed))
     # A search for the layers that carry the error takes seconds, which a short run does not regain.

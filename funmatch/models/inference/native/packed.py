@@ -71,17 +71,53 @@ class _PackedConv(_Packed):
         own: Any = self
         name, numbers, algorithm = self._activation
         geometry = (own.padding, own.stride, own.dilation, own.groups)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._weight_for(x), own.bias, *geometry, name, [*numbers], algorithm
+        )
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        own: Any = self
         if self._packed is None:
             # For the size of the first batch; others are computed too, only perhaps in another layout.
+            geometry = (own.padding, own.stride, own.dilation, own.groups)
             packed = torch.ops.mkldnn._reorder_convolution_weight(own.weight, *geometry, x.shape)
             vars(self)["_packed"] = packed
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed, own.bias, *geometry, name, [*numbers], algorithm
-        )
+        assert self._packed is not None
+        return self._packed
 
 
 class PackedConv2d(_PackedConv, nn.Conv2d):
-    """torch's convolution."""
+    """torch's convolution, which may add what is given to its result (`native.sums`)."""
+
+    def forward(  # pyrefly: ignore[bad-override]  (the further arguments are optional)
+        self, x: Tensor, other: Tensor | None = None, activation: str = "none"
+    ) -> Tensor:
+        if other is None:
+            return super().forward(x)
+        if not self._can_add(x, other):
+            y = super().forward(x) + other
+            return y.relu_() if activation == "relu" else y
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        last = (1.0, None if activation == "none" else activation, [], None)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, self._weight_for(x), self.bias, *geometry, "add", *last
+        )
+
+    @property
+    def adds_nothing_yet(self) -> bool:
+        """Whether nothing is computed of its result before a sum could be."""
+        return self._activation == NONE
+
+    def _can_add(self, x: Tensor, other: Tensor) -> bool:
+        """Returns whether two tensors may be summed by oneDNN, which does not broadcast."""
+        own: Any = self
+        size = [
+            (edge + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for edge, padding, dilation, kernel, stride in zip(
+                x.shape[2:], own.padding, own.dilation, own.kernel_size, own.stride, strict=True
+            )
+        ]
+        return _is_packable(self, x) and other.dtype == x.dtype and other.shape == (len(x), self.out_channels, *size)
 
 
 class PackedConv2dSame(_PackedConv, Conv2dSame):
