@@ -81,7 +81,9 @@ def _convolution_of(step: Any, block: nn.Module) -> fx.Node | None:
     while isinstance(step, fx.Node) and step.op == "call_module" and len(step.users) == 1:
         module = block.get_submodule(str(step.target))
         if type(module) is PackedConv2d:
-            return step if module.adds_nothing_yet and len(step.args) == 1 else None
+            # Where a block ends narrow, the sum is a small part of it, and oneDNN loses more than a pass costs.
+            gains = module.out_channels >= module.in_channels
+            return step if gains and module.adds_nothing_yet and len(step.args) == 1 else None
         if not isinstance(module, SKIPPED):
             return None
         step = step.args[0]
