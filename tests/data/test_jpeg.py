@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_checks import build_quickly
 from PIL import Image
 
 from funmatch.data import jpeg as jpegs
@@ -238,6 +239,7 @@ def test_without_a_compiler_boxes_are_decoded_by_pillow(monkeypatch):
     ],
 )
 def test_a_miscompiled_kernel_is_not_used(tmp_path, monkeypatch, name, line, fault):
+    build_quickly(monkeypatch)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     copies = {path: Path(shutil.copy(path, tmp_path)) for path in (*library.SOURCES, *library.HEADERS)}
     text = (tmp_path / name).read_text()

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from kernel_checks import assert_threads_change_no_bit, errors, gradients
+from kernel_checks import assert_threads_change_no_bit, build_quickly, errors, gradients
 from timm.layers import GroupNormAct
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import nn
@@ -306,6 +306,7 @@ def test_failing_compilers_are_reported(tmp_path, monkeypatch):
 
 def miscompile(tmp_path: Path, monkeypatch, source: str, line: str, fault: str) -> None:
     """Builds the kernels, in a cache of their own, from sources in one of which a line is replaced by a fault."""
+    build_quickly(monkeypatch)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     for path in (*library.SOURCES, *library.HEADERS):
         text = path.read_text()
@@ -355,6 +356,7 @@ def test_compiler_is_asked_for_its_version_once(tmp_path, monkeypatch):
 
 
 def test_library_is_built_once(tmp_path, monkeypatch):
+    build_quickly(monkeypatch)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     assert library.why_unavailable() == ""
     (built,) = Path(tmp_path, "kernels").glob("*.so")
