@@ -1,12 +1,13 @@
 """Measures how soon a run that was killed trains again, and how much faster two processes train than one.
 
-    python benchmarks/resuming.py [--rounds 3] [--only demo big processes] [--out FILE]
+    python benchmarks/resuming.py [--rounds 3] [--only demo big processes teacher] [--out FILE]
 
 "demo" are the embedded images, teacher and student, "big" is R101x3 to R50x1 at 128 px with batch 2 on prepared images:
 each run is killed (SIGKILL) once it has saved and trained on, and started again. Seconds count from the process's
 beginning until the first step after the checkpoint is recorded on the disk; the step after it says how much of that is
 the step itself. "processes" compares images a second of R101x1 to ResNet-18 at 128 px, batch 64, in one process of one
-thread and in two, in alternating order. Networks have random weights.
+thread and in two, in alternating order; "teacher" those of R101x3 to R50x1, whose teacher takes most of the step.
+Networks have random weights, so the second pair's teacher is told its precision.
 """
 
 import argparse
@@ -28,9 +29,14 @@ from versus_timm import network  # pyrefly: ignore[missing-import]
 HERE = Path(__file__).resolve().parent.parent
 COMMON = ["--log-every", "1", "--eval-every", "100000", "--steps", "1000"]
 DEMO = ["--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
+SHARED = {
+    "processes": ("resnetv2_101x1_bit", "resnet18", 64, []),
+    "teacher": ("resnetv2_101x3_bit", "resnetv2_50x1_bit", 64, ["--teacher-precision", "bf16"]),
+}
+"""Teacher, student, batch and further words of the runs that are shared by processes."""
 SKIPPED = 5
 """Steps at the beginning of a run that do not count towards its speed."""
-COUNTED = 12
+COUNTED = 8
 IMAGES = 64
 
 
@@ -110,14 +116,15 @@ def spread(values: list[float]) -> str:
 
 def measure(what: str, rounds: int, folder: Path) -> str:
     """Returns a row of the table."""
-    if what == "processes":
-        words, found = pair(folder, "resnetv2_101x1_bit", "resnet18", 64), []
+    if what in SHARED:
+        teacher, student, batch, further = SHARED[what]
+        words, found = [*pair(folder, teacher, student, batch), *further], []
         for number in range(rounds):
             order = (1, 2) if number % 2 else (2, 1)
             found.append({processes: speed(words, folder, processes) for processes in order})
         one, two = ([each[processes] for each in found] for processes in (1, 2))
         ratios = spread([b / a for a, b in zip(one, two, strict=True)])
-        return f"| two processes / one | {ratios} | images/s: {spread(one)}, {spread(two)} |"
+        return f"| two processes / one, {teacher} → {student} | {ratios} | images/s: {spread(one)}, {spread(two)} |"
     big = ("resnetv2_101x3_bit", "resnetv2_50x1_bit", 2)
     words = [*DEMO, "--batch", "64"] if what == "demo" else pair(folder, *big)
     took, step = zip(*(resume(words, folder) for _ in range(rounds)), strict=True)
@@ -127,7 +134,7 @@ def measure(what: str, rounds: int, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=["demo", "big", "processes"])
+    parser.add_argument("--only", nargs="+", default=["demo", "big", *SHARED])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder) / "images", IMAGES)
