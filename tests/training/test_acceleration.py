@@ -23,7 +23,7 @@ from funmatch.ops.native import library, norms
 from funmatch.training import oom
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
-from funmatch.training.student import acceleration
+from funmatch.training.student import acceleration, step_times
 from funmatch.training.teachers import freezing
 
 CPU = torch.device("cpu")
@@ -385,3 +385,12 @@ def test_without_a_compiler_the_student_uses_torch(tmp_path, monkeypatch, capsys
     assert "native CPU kernels unavailable (no compiler); falling back to slower PyTorch kernels" in (
         capsys.readouterr().err
     )
+
+
+def test_a_first_step_that_chooses_kernels_refuses_no_arithmetic():
+    def measure(*seconds: float) -> tuple[float, int]:
+        left = list(seconds)
+        return step_times._fastest_step(lambda: left.pop(0), 0.1), len(left)
+
+    assert measure(0.4, 0.2, 0.09, 1.0) == (0.09, 1)
+    assert measure(0.6, 0.09) == (0.6, 1), "twice as slow and a quarter of a second: no other step is worth it"

@@ -16,6 +16,8 @@ CLEARLY_FASTER = 1.1
 """Speed-up that is needed to prefer what is less usual: timings vary by a few per cent."""
 HOPELESS = 1.5
 """Multiple of the fastest mode's time from which a first pass decides that a mode is slower."""
+SETUP_SECONDS = 0.25
+"""What a first pass may take besides: it chooses kernels and allocates, for tenths of a second in any network."""
 
 
 def time_layouts(
@@ -45,7 +47,7 @@ def time_layouts(
             to_memory_format(frozen.classifier.net, LAYOUTS[modes[0].layout])
             frozen.mode = modes[0]
             frozen.pack(sums=allowed.sums)
-            # Its first pass lays the weights out, which says nothing of those that follow.
+            # This pass lays the weights out, which takes as long as there are weights.
             frozen(views)
             seconds[frozen.mode] = _median_seconds(frozen, views, min([*seconds.values(), fastest]))
     except InputError:
@@ -57,9 +59,8 @@ def time_layouts(
 
 
 def _median_seconds(frozen: Any, views: Tensor, fastest: float) -> float:
-    # The first pass in a layout chooses kernels and allocates, but not for that long.
     first = _seconds(frozen, views)
-    if first > HOPELESS * fastest:
+    if first > HOPELESS * fastest + SETUP_SECONDS:
         return first
     return statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
 

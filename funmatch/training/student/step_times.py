@@ -12,6 +12,7 @@ from torch import Tensor
 from funmatch.errors import is_out_of_memory
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.native.layers import ATTENTION, SOFTMAX, use_native_kernels
+from funmatch.models.inference.timing import SETUP_SECONDS
 from funmatch.ops.native.attention import ProductAttention
 from funmatch.runtime import devices
 from funmatch.runtime.disk.json_files import Shape
@@ -90,9 +91,8 @@ def measure_step_seconds(student: Classifier, side: int, images: int, kinds: Col
 
 def _fastest_step(step: Callable[[], float], fastest: float) -> float:
     """Returns the least seconds of a few steps, or those of the first one if it is far from the fastest so far."""
-    # The first one allocates and chooses kernels, which takes longer, but not that much.
     first = step()
-    return first if first > HOPELESS * fastest else min(step() for _ in range(REPEATS))
+    return first if first > HOPELESS * fastest + SETUP_SECONDS else min(step() for _ in range(REPEATS))
 
 
 def _step_seconds(student: Classifier, views: Tensor, precision: str) -> float:
