@@ -287,6 +287,23 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
     assert len(list((tmp_path / "cache" / "answers").iterdir())) == 2, "other views are cached separately"
 
 
+def test_fixed_logits_that_are_not_finite_are_named_and_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    options = MINI | {"strategy": "fix/rs", "steps": 2}
+    original, faults = fixed._predict_part, [3, 150]
+
+    def faulty(source, teachers, images, *others):
+        logits = original(source, teachers, images, *others)
+        logits[[each - images.start for each in faults if each in images]] = np.nan
+        return logits
+
+    monkeypatch.setattr(fixed, "_predict_part", faulty)
+    with pytest.raises(InputError, match="teacher fashion-mini-teacher has outputs that are not finite for 2 of 200"):
+        funmatch.distill(out=tmp_path / "run", **options)
+    faults.clear()
+    assert student_of(funmatch.distill(out=tmp_path / "run", **options))
+
+
 def test_interrupted_logits_of_a_fixed_teacher_are_resumed(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fixed, "PART", 40)

@@ -16,6 +16,7 @@ from funmatch.config import Distill
 from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, STRATEGIES, Resample
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.prefetch import prefetch_map
+from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
@@ -130,7 +131,7 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
         the digest under which they are cached, and the combined logits, (images, classes).
 
     Raises:
-        InputError: what was just written cannot be read.
+        InputError: what was just written cannot be read, or logits are not finite.
     """
     source = fixed_views(setup)
     sides = sorted({member.side for member in teachers.members})
@@ -167,7 +168,21 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
         )
     # Each teacher's logits are cached, not the combination: temperature, weights and --combine may change.
     each = torch.from_numpy(table).unbind(1)
+    try:
+        _check_finite(each, teachers)
+    except InputError:
+        path.unlink(missing_ok=True)  # a fault of the machine may be the reason, which is not to be kept
+        raise
     return digest, teachers.combine_answers(each, setup.config.temperature)
+
+
+def _check_finite(each: Sequence[Tensor], teachers: TeacherEnsemble) -> None:
+    for member, logits in zip(teachers.members, each, strict=True):
+        if bad := int((~logits.isfinite().all(-1)).sum()):
+            raise InputError(
+                f"teacher {member.name} has outputs that are not finite for {bad:,} of {len(logits):,} training "
+                "images; its weights are damaged, or its precision is too coarse (--teacher-precision fp32)"
+            )
 
 
 @torch.inference_mode()
