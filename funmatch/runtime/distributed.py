@@ -54,7 +54,10 @@ def process_group(device_name: str, hang_timeout: str = HANG_TIMEOUT) -> Generat
     store = _rendezvous_store()
     with beating(store, parse_seconds(hang_timeout)) as heart:
         try:
+            # So that each knows the others from the beginning: the store may end with the first of them.
+            heart.beat()
             _init_process_group(store, pick_device(device_name))
+            heart.listen()
             yield
             # Without it a process that is finished could leave while another still needs it.
             barrier()
