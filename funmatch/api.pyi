@@ -707,7 +707,7 @@ class HeadOptions(ImagesOptions, total=False):
     kind: Literal["linear", "knn", "means"]
     """Head to fit. linear: logistic regression, multinomial, or binary for each class with task="multilabel". knn: the
     weighted vote of the nearest training images, which become a part of the network. means: the nearest mean of a
-    class. (default: linear)"""
+    class, or with task="multilabel", for each class, of the images with and without it. (default: linear)"""
     C: float | Sequence[float]
     """Strengths of linear's L2 penalty to try, as scikit-learn's C: the smaller, the stronger. The best on the
     validation images is taken: of those within a standard error of the best accuracy, that of least log loss; with

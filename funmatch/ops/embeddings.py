@@ -35,10 +35,7 @@ def nearest_neighbours(
     train, queries = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (train, queries))
     if labels.ndim == 2:
         similarity, places = find_neighbours(train, torch.arange(len(train)), queries, k)
-        shares = (similarity / temperature).softmax(-1)
-        # Some images at a time: the labels of all their neighbours would be twenty times those of the images.
-        parts = zip(shares.split(ROWS), places.split(ROWS), strict=True)
-        return torch.cat([torch.einsum("mk,mkc->mc", share, labels[rows].float()) for share, rows in parts])
+        return vote_for_sets(similarity, places, labels, temperature)
     return vote(*find_neighbours(train, labels, queries, k), classes, temperature)
 
 
@@ -65,6 +62,29 @@ def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 
     """Returns the votes (m, classes) of neighbours, of their similarities and labels, (m, k) each."""
     votes = similarity.new_zeros(similarity.shape[0], classes)
     return votes.scatter_add(1, labels, (similarity / temperature).exp())
+
+
+def vote_for_sets(similarity: Tensor, places: Tensor, labels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Returns the share of the neighbours' votes that each class has, where a neighbour votes for all of its classes.
+
+    Args:
+        similarity: (m, k) of the neighbours, and their `places` among the training images, (m, k) int64.
+        labels: (n, classes) in {0, 1}, of the training images.
+
+    Returns:
+        (m, classes) float32 in [0, 1].
+    """
+    shares = (similarity / temperature).softmax(-1)
+    # Some images at a time: the labels of all their neighbours would be twenty times those of the images.
+    parts = zip(shares.split(ROWS), places.split(ROWS), strict=True)
+    return (
+        torch.cat([share_out(*part, labels) for part in parts]) if len(shares) else shares.new_zeros(0, labels.shape[1])
+    )
+
+
+def share_out(shares: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+    """Returns the sums of shares (m, k) over the neighbours that have a class, (m, classes)."""
+    return torch.einsum("mk,mkc->mc", shares, labels[places].float())
 
 
 def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...]) -> list[Tensor]:

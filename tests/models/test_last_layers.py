@@ -96,7 +96,21 @@ def cosines(size):
     return head
 
 
-@pytest.mark.parametrize("make_head", [neighbours, cosines])
+def neighbours_of_sets(size):
+    head = NeighbourHead(size, 3, 5, 2, several=True)
+    head.known = nn.functional.normalize(torch.randn(5, size, generator=torch.Generator().manual_seed(3)), dim=-1)
+    head.labels = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.uint8)
+    return head.scaled(0.5)
+
+
+def cosines_of_sets(size):
+    head = CosineHead(size, 3, 4.0, several=True)
+    head.means = torch.randn(3, size, generator=torch.Generator().manual_seed(3))
+    head.bias = torch.tensor([-3.0, 0.5, -1.0])
+    return head
+
+
+@pytest.mark.parametrize("make_head", [neighbours, cosines, neighbours_of_sets, cosines_of_sets])
 @pytest.mark.parametrize("options", [(), ("num_classes=0",)], ids=["other classes", "headless"])
 def test_heads_of_ours_are_loaded_with_their_network(make_head, options, tmp_path):
     torch.manual_seed(0)

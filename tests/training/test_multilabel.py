@@ -16,7 +16,7 @@ from test_teachers import classifier
 
 import funmatch
 from funmatch.commands import plan
-from funmatch.config import Distill, Finetune, Head, Prepare, Train
+from funmatch.config import Distill, Finetune, Prepare, Train
 from funmatch.config.search import PlanDistill
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
@@ -338,13 +338,6 @@ def test_a_head_is_fitted_to_each_class(teacher, table, tmp_path):
     assert found["map"] == pytest.approx(np.mean(scores), abs=1e-6)
     again = funmatch.evaluate(tmp_path / "head", data=str(table), split="test")
     assert again["map"] == pytest.approx(found["map"], abs=1e-6), "the folder says its task"
-
-
-def test_other_heads_are_for_one_class_an_image():
-    given = {"data": ("d",), "task": "multilabel", "model": "resnet18", "out": "h"}
-    assert Head(kind="knn", **given).problems() == [
-        "--kind knn is for one class an image; omit it with --task multilabel"
-    ]
 
 
 def test_features_are_matched_on_images_of_several_classes(teacher, table, tmp_path):

@@ -49,7 +49,7 @@ class Head(Images, FinishedModel):
     )
     """Head to fit. linear: logistic regression, multinomial, or binary for each class with --task multilabel. knn: the
     weighted vote of the nearest training images, which become a part of the network. means: the nearest mean of a
-    class."""
+    class, or with --task multilabel, for each class, of the images with and without it."""
     # Called C in scikit-learn, as in the flag.
     strengths: Annotated[
         Numbers,
@@ -80,8 +80,6 @@ class Head(Images, FinishedModel):
             moved = [f"--{type(self).opt(name).flag or name.replace('_', '-')}" for name in names if self.moved(name)]
             if moved and kind != self.kind:
                 found.append(f"{' and '.join(moved)} belong to --kind {kind}, not {self.kind}")
-        if self.task == "multilabel" and self.kind != "linear":
-            found.append(f"--kind {self.kind} is for one class an image; omit it with --task multilabel")
         if self.task == "multilabel" and self.class_weights != "none":
             found.append("--class-weights is for one class an image; omit it with --task multilabel")
         if self.unlabelled:

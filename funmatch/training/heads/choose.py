@@ -1,7 +1,7 @@
 """Fits heads of one kind to features, and chooses among them by the validation images."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from funmatch.config import Head
 from funmatch.models.heads.headed import AnyHead
-from funmatch.models.heads.modules import CosineHead, NeighbourHead, log_shares
+from funmatch.models.heads.modules import CosineHead, NeighbourHead, log_odds, log_shares
 from funmatch.ops.calibration import fit_temperature
 from funmatch.ops.distances import balanced_weights
-from funmatch.ops.embeddings import find_neighbours, vote
+from funmatch.ops.embeddings import ROWS, find_neighbours, vote, vote_for_sets
 from funmatch.ops.heads.logistic import LinearHead, fit_logistic, moments
-from funmatch.ops.heads.means import class_means, nearest_mean
+from funmatch.ops.heads.means import class_means, directions, fit_slope, nearer_mean, nearest_mean, prior_log_odds
 from funmatch.ops.tasks.multiclass import accuracy
 from funmatch.ops.tasks.task import MULTICLASS, MULTILABEL, Task, task_of
 from funmatch.runtime.log import ProgressBar, info
@@ -41,11 +41,13 @@ class Fit:
         value: of the option among whose values the validation images choose; None where there is no such option.
         head: gives logits (n, classes) of features (n, d) as the backbone computes them.
         logits: of the validation images; None where there are none.
+        is_calibrated: whether they have their scale already, which is then `value`.
     """
 
     value: float | None
     head: AnyHead
     logits: Tensor | None
+    is_calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class FittedHead:
     head: AnyHead
     tried: list[dict[str, Any]]
     chosen: float
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Returns the logits (n, classes) of features (n, d)."""
+        if isinstance(self.head, NeighbourHead) and self.head.several:
+            # The labels of all images' neighbours at once could take more memory than there is.
+            return torch.cat([self.head(rows) for rows in features.split(ROWS)])
+        return self.head(features)
 
 
 def fit_head(config: Head, train: Labelled, val: Labelled | None, classes: int, device: torch.device) -> FittedHead:
@@ -80,7 +89,7 @@ def fit_head(config: Head, train: Labelled, val: Labelled | None, classes: int, 
         for done, fit in enumerate(FITS[config.kind](config, train, val, classes, device), 1):
             scores, scale = {}, 1.0
             if val and fit.logits is not None:
-                scale = _scale(fit.logits, val.labels) if config.calibrate else 1.0
+                scale = _scale(fit.logits, val.labels) if config.calibrate and not fit.is_calibrated else 1.0
                 scores = _scores(task, scale * fit.logits, val.labels)
             value = scale if fit.value is None else fit.value
             tried.append({"value": value} | scores)
@@ -160,15 +169,24 @@ def _fit_linear(
 
 def _fit_knn(config: Head, train: Labelled, val: Labelled | None, classes: int, device: torch.device) -> Iterator[Fit]:
     """Yields votes of more and more neighbours."""
+    several = train.labels.ndim == 2
     known = F.normalize(train.features, dim=-1)
     most, found = int(max(config.tried)), None
     if val:
         queries = F.normalize(val.features, dim=-1)
-        found = find_neighbours(known.to(device), train.labels.to(device), queries.to(device), most)
+        # Of several labels an image, their rows: those of all neighbours at once could take too much memory.
+        labels = torch.arange(len(known)) if several else train.labels
+        found = find_neighbours(known.to(device), labels.to(device), queries.to(device), most)
     for value in map(int, config.tried):
-        head = NeighbourHead(known.shape[1], classes, len(known), value)
-        head.known, head.labels = known, train.labels
-        logits = log_shares(vote(found[0][:, :value], found[1][:, :value], classes)).cpu() if found else None
+        head = NeighbourHead(known.shape[1], classes, len(known), value, several=several)
+        head.known, head.labels = known, train.labels.byte() if several else train.labels
+        logits = None
+        if found:
+            nearest = found[0][:, :value], found[1][:, :value]
+            if several:
+                logits = log_odds(vote_for_sets(*nearest, train.labels.to(device))).cpu()
+            else:
+                logits = log_shares(vote(*nearest, classes)).cpu()
         yield Fit(value, head, logits)
 
 
@@ -177,6 +195,9 @@ def _fit_means(
 ) -> Iterator[Fit]:
     """Yields the nearest mean, by cosine or by distance."""
     del device  # one pass over the features
+    if train.labels.ndim == 2:
+        yield _fit_means_of_sets(config, train, val)
+        return
     if config.distance == "euclidean":
         head: LinearHead | CosineHead = nearest_mean(train.features, train.labels, classes)
     else:
@@ -185,6 +206,28 @@ def _fit_means(
         means = class_means(F.normalize(train.features, dim=-1), train.labels, classes)
         head.means = F.normalize(means, dim=-1).float()
     yield Fit(None, head, head(val.features) if val else None)
+
+
+def _fit_means_of_sets(config: Head, train: Labelled, val: Labelled | None) -> Fit:
+    """Returns for each class by how much nearer the mean of its images is than that of the others, as log-odds.
+
+    To the similarity, times a slope that all classes share, the log-odds of the class's share of the training images
+    are added: they are the probability where nothing speaks for either. The other way round, that of a class in one of
+    a hundred images would be 1/2 between the means.
+    """
+    prior = prior_log_odds(train.labels)
+    if config.distance == "euclidean":
+        linear = nearer_mean(train.features, train.labels)
+        slope = fit_slope(linear(val.features), prior, val.labels) if val and config.calibrate else 1.0
+        linear = linear.scaled(slope)
+        head: LinearHead | CosineHead = replace(linear, bias=linear.bias + prior)
+    else:
+        head = CosineHead(train.features.shape[1], len(prior), several=True)
+        head.means = directions(train.features, train.labels)
+        slope = fit_slope(head(val.features), prior, val.labels) if val and config.calibrate else 1.0
+        head = head.scaled(slope)
+        head.bias = prior.float()
+    return Fit(slope, head, head(val.features) if val else None, is_calibrated=True)
 
 
 FITS: dict[str, Fits] = {"linear": _fit_linear, "knn": _fit_knn, "means": _fit_means}
