@@ -1,6 +1,6 @@
 """Measures how soon a run that was killed trains again, and how much faster two processes train than one.
 
-    python benchmarks/resuming.py [--rounds 3] [--only demo big processes teacher] [--out FILE]
+    python benchmarks/resuming.py [--rounds 3] [--only demo big processes teacher]
 
 "demo" are the embedded images, teacher and student, "big" is R101x3 to R50x1 at 128 px with batch 2 on prepared images:
 each run is killed (SIGKILL) once it has saved and trained on, and started again. Seconds count from the process's

@@ -56,19 +56,14 @@ class InferenceMode:
 
     def is_allowed(self, allowed: "AllowedModes") -> bool:
         """Returns whether this is a valid mode and one that is allowed; a record read from disk may be damaged."""
-        has_flags = all(isinstance(flag, bool) for flag in self._flags)
+        kernels = ("compiled", "native", "packed", "sums")
+        has_flags = all(isinstance(getattr(self, name), bool) for name in ("folded", *kernels))
         has_words = isinstance(self.precision, str) and isinstance(self.layout, str)
         # fp32 is what all fall back to, unless a precision was requested, which is then the only one.
         precisions = allowed.precisions if len(allowed.precisions) == 1 else ("fp32", *allowed.precisions)
-        has_kernels = all(
-            getattr(self, name) <= getattr(allowed, name) for name in ("compiled", "native", "packed", "sums")
-        )
+        has_kernels = all(getattr(self, name) <= getattr(allowed, name) for name in kernels)
         has_layers = not self.fp32_layers or (self.precision != "fp32" and not self.compiled)
         return has_flags and has_words and has_kernels and has_layers and self._is_known(precisions)
-
-    @property
-    def _flags(self) -> tuple[bool, ...]:
-        return (self.folded, self.compiled, self.native, self.packed, self.sums)
 
     def _is_known(self, precisions: tuple[str, ...]) -> bool:
         return self.precision in precisions and self.layout in LAYOUTS

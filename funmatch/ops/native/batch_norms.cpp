@@ -86,37 +86,6 @@ void batch_statistics(const T* x, double* statistics, const Shape& shape) {
     }
 }
 
-// y = activation((x − mean) / deviation · weight + bias). Writes the mean and the inverse deviation for the backward pass,
-// and moves the running statistics as torch does, unless there are none.
-template <int ACTIVATION, typename T>
-void batch_norm(const T* x, T* y, const double* statistics, float* mean, float* inverse, float* running_mean,
-                float* running_var, const float* weight, const float* bias, const Shape& shape) {
-    const int64_t channels = shape.channels;
-    const double count = static_cast<double>(shape.count);
-    std::vector<float> lines(2 * channels);
-    float* __restrict scale = lines.data();
-    float* __restrict shift = scale + channels;
-    for (int64_t c = 0; c < channels; ++c) {
-        const double variance = statistics[channels + c];
-        mean[c] = static_cast<float>(statistics[c]);
-        inverse[c] = static_cast<float>(1 / std::sqrt(variance + shape.eps));
-        scale[c] = inverse[c] * weight[c];
-        shift[c] = bias[c] - mean[c] * scale[c];
-        if (!running_mean) continue;
-        running_mean[c] += static_cast<float>(shape.momentum * (statistics[c] - running_mean[c]));
-        running_var[c] += static_cast<float>(shape.momentum * (variance * count / (count - 1) - running_var[c]));
-    }
-#pragma omp parallel for schedule(static) num_threads(shape.threads)
-    for (int64_t pixel = 0; pixel < shape.images * shape.pixels; ++pixel) {
-        const T* row = x + pixel * channels;
-        T* to = y + pixel * channels;
-        over_row(channels, [&](int64_t c, auto kind) {
-            using F = decltype(kind);
-            store(to + c, activate<ACTIVATION>(loaded<F>(row + c) * loaded<F>(scale + c) + loaded<F>(shift + c)));
-        });
-    }
-}
-
 // The line that a channel's numbers are mapped to before the activation.
 struct Lines {
     std::vector<float> scale, shift;
@@ -128,6 +97,34 @@ struct Lines {
         }
     }
 };
+
+// y = activation((x − mean) / deviation · weight + bias). Writes the mean and the inverse deviation for the backward pass,
+// and moves the running statistics as torch does, unless there are none.
+template <int ACTIVATION, typename T>
+void batch_norm(const T* x, T* y, const double* statistics, float* mean, float* inverse, float* running_mean,
+                float* running_var, const float* weight, const float* bias, const Shape& shape) {
+    const int64_t channels = shape.channels;
+    const double count = static_cast<double>(shape.count);
+    for (int64_t c = 0; c < channels; ++c) {
+        const double variance = statistics[channels + c];
+        mean[c] = static_cast<float>(statistics[c]);
+        inverse[c] = static_cast<float>(1 / std::sqrt(variance + shape.eps));
+        if (!running_mean) continue;
+        running_mean[c] += static_cast<float>(shape.momentum * (statistics[c] - running_mean[c]));
+        running_var[c] += static_cast<float>(shape.momentum * (variance * count / (count - 1) - running_var[c]));
+    }
+    const Lines lines(mean, inverse, weight, bias, channels);
+    const float *scale = lines.scale.data(), *shift = lines.shift.data();
+#pragma omp parallel for schedule(static) num_threads(shape.threads)
+    for (int64_t pixel = 0; pixel < shape.images * shape.pixels; ++pixel) {
+        const T* row = x + pixel * channels;
+        T* to = y + pixel * channels;
+        over_row(channels, [&](int64_t c, auto kind) {
+            using F = decltype(kind);
+            store(to + c, activate<ACTIVATION>(loaded<F>(row + c) * loaded<F>(scale + c) + loaded<F>(shift + c)));
+        });
+    }
+}
 
 // With d = dy · activation′ and z = (x − mean) / deviation, writes the sums of d and d · z of each channel over all images
 // to two lines of `sums`: the gradients of bias and weight.

@@ -217,15 +217,15 @@ def _fit_means_of_sets(config: Head, train: Labelled, val: Labelled | None) -> F
     """
     prior = prior_log_odds(train.labels)
     if config.distance == "euclidean":
-        linear = nearer_mean(train.features, train.labels)
-        slope = fit_slope(linear(val.features), prior, val.labels) if val and config.calibrate else 1.0
-        linear = linear.scaled(slope)
-        head: LinearHead | CosineHead = replace(linear, bias=linear.bias + prior)
+        head: LinearHead | CosineHead = nearer_mean(train.features, train.labels)
     else:
         head = CosineHead(train.features.shape[1], len(prior), several=True)
         head.means = directions(train.features, train.labels)
-        slope = fit_slope(head(val.features), prior, val.labels) if val and config.calibrate else 1.0
-        head = head.scaled(slope)
+    slope = fit_slope(head(val.features), prior, val.labels) if val and config.calibrate else 1.0
+    head = head.scaled(slope)
+    if isinstance(head, LinearHead):
+        head = replace(head, bias=head.bias + prior)
+    else:
         head.bias = prior.float()
     return Fit(slope, head, head(val.features) if val else None, is_calibrated=True)
 

@@ -59,7 +59,7 @@ class NativeGlobalBatchNorm(NativeBatchNorm, GlobalBatchNorm):  # pyrefly: ignor
 
 
 class SkippedOnce:
-    """An activation behind a `NativeBatchNorm2d`, which leaves out a call where the norm has computed it already."""
+    """An activation behind a `NativeBatchNorm`, which leaves out a call where the norm has computed it already."""
 
     _skip: bool
     kind: type[nn.Module]

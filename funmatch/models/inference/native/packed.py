@@ -70,17 +70,20 @@ class _PackedConv(_Packed):
     def _compute(self, x: Tensor) -> Tensor:
         own: Any = self
         name, numbers, algorithm = self._activation
-        geometry = (own.padding, own.stride, own.dilation, own.groups)
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self._weight_for(x), own.bias, *geometry, name, [*numbers], algorithm
+            x, self._weight_for(x), own.bias, *self._geometry, name, [*numbers], algorithm
         )
+
+    @property
+    def _geometry(self) -> tuple[Any, Any, Any, int]:
+        own: Any = self
+        return own.padding, own.stride, own.dilation, own.groups
 
     def _weight_for(self, x: Tensor) -> Tensor:
         own: Any = self
         if self._packed is None:
             # For the size of the first batch; others are computed too, only perhaps in another layout.
-            geometry = (own.padding, own.stride, own.dilation, own.groups)
-            packed = torch.ops.mkldnn._reorder_convolution_weight(own.weight, *geometry, x.shape)
+            packed = torch.ops.mkldnn._reorder_convolution_weight(own.weight, *self._geometry, x.shape)
             vars(self)["_packed"] = packed
         assert self._packed is not None
         return self._packed
@@ -90,23 +93,21 @@ class PackedConv2d(_PackedConv, nn.Conv2d):
     """torch's convolution, which may add what is given to its result (`native.sums`)."""
 
     def forward(  # pyrefly: ignore[bad-override]  (the further arguments are optional)
-        self, x: Tensor, other: Tensor | None = None, activation: str = "none"
+        self, x: Tensor, other: Tensor | None = None, *, relu: bool = False
     ) -> Tensor:
         if other is None:
             return super().forward(x)
         if not self._can_add(x, other):
             y = super().forward(x) + other
-            return y.relu_() if activation == "relu" else y
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
-        last = (1.0, None if activation == "none" else activation, [], None)
+            return y.relu_() if relu else y
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, self._weight_for(x), self.bias, *geometry, "add", *last
+            x, other, self._weight_for(x), self.bias, *self._geometry, "add", 1.0, "relu" if relu else None, [], None
         )
 
     @property
-    def adds_nothing_yet(self) -> bool:
-        """Whether nothing is computed of its result before a sum could be."""
-        return self._activation == NONE
+    def has_activation(self) -> bool:
+        """Whether it computes an activation of its result, which a sum would come behind."""
+        return self._activation != NONE
 
     def _can_add(self, x: Tensor, other: Tensor) -> bool:
         """Returns whether two tensors may be summed by oneDNN, which does not broadcast."""

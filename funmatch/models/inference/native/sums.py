@@ -1,4 +1,4 @@
-"""Lets packed convolutions of a frozen network add the shortcut of their block, and compute the activation behind it.
+"""Lets packed convolutions of a frozen network add the shortcut of their block, and compute the ReLU behind it.
 
 Both are passes over memory, which the convolution saves: it adds while its results are in registers.
 Only timm's own blocks are changed, whose code is known; a block only changes its class, as in `native.layers`.
@@ -11,11 +11,11 @@ import torch
 from timm.layers import DropPath
 from torch import fx, nn
 
-from funmatch.models.inference.native.packed import ACTIVATIONS, PackedConv2d
+from funmatch.models.inference.native.packed import PackedConv2d
 from funmatch.models.inference.tracing import trace
 
 SUMS = (operator.add, operator.iadd, torch.add)
-SKIPPED = (nn.Identity, nn.Dropout, DropPath)
+PASSING = (nn.Identity, nn.Dropout, DropPath)
 """What passes a frozen network's numbers on as they are."""
 
 
@@ -41,7 +41,7 @@ def _is_changeable(block: nn.Module) -> bool:
 
 def _fuse_block(block: nn.Module) -> int:
     """Replaces the sums that a block's own code computes, not those of blocks in it."""
-    if (graph := trace(block, nn.GroupNorm, *SKIPPED)) is None:
+    if (graph := trace(block, nn.GroupNorm, *PASSING)) is None:
         return 0
     sums = [node for node in graph.nodes if node.op == "call_function" and node.target in SUMS]
     fused = [node for node in sums if not node.meta.get("nn_module_stack") and _fuse(node, graph, block)]
@@ -52,15 +52,14 @@ def _fuse_block(block: nn.Module) -> int:
 
 
 def _fuse(node: fx.Node, graph: fx.Graph, block: nn.Module) -> bool:
-    """Replaces a sum and the activation behind it by a call of the convolution before it; returns whether it could."""
+    """Replaces a sum and the ReLU behind it by a call of the convolution before it; returns whether it could."""
     for first, other in (node.args, reversed(node.args)):
         conv = _convolution_of(first, block)
         if conv is None or not isinstance(other, fx.Node):
             continue
-        last = _activation_of(node, block)
+        last = _relu_behind(node, block)
         with graph.inserting_before(node):
-            name = ACTIVATIONS[type(block.get_submodule(str(last.target)))][0] if last is not node else "none"
-            fused = graph.call_module(str(conv.target), (conv.args[0], other, name))
+            fused = graph.call_module(str(conv.target), (conv.args[0], other), {"relu": last is not node})
         last.replace_all_uses_with(fused)
         for step in [*_chain(last, node), *_chain(first, conv)]:
             graph.erase_node(step)
@@ -83,14 +82,14 @@ def _convolution_of(step: Any, block: nn.Module) -> fx.Node | None:
         if type(module) is PackedConv2d:
             # Where a block ends narrow, the sum is a small part of it, and oneDNN loses more than a pass costs.
             gains = module.out_channels >= module.in_channels
-            return step if gains and module.adds_nothing_yet and len(step.args) == 1 else None
-        if not isinstance(module, SKIPPED):
+            return step if gains and not module.has_activation and len(step.args) == 1 else None
+        if not isinstance(module, PASSING):
             return None
         step = step.args[0]
     return None
 
 
-def _activation_of(node: fx.Node, block: nn.Module) -> fx.Node:
+def _relu_behind(node: fx.Node, block: nn.Module) -> fx.Node:
     """Returns the ReLU that alone reads a sum, or the sum itself."""
     step = node
     while len(step.users) == 1:
@@ -98,6 +97,6 @@ def _activation_of(node: fx.Node, block: nn.Module) -> fx.Node:
         module = block.get_submodule(str(step.target)) if step.op == "call_module" else None
         if type(module) is nn.ReLU:
             return step
-        if not isinstance(module, SKIPPED):
+        if not isinstance(module, PASSING):
             break
     return node
