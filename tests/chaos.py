@@ -157,10 +157,7 @@ KINDS = {
         ],
         write_images,
     ),
-    # With --overwrite, since a kill may come after everything is done.
-    "export": Kind(
-        copied("export", "FOLDER/run", "--format", "timm", "--overwrite", "--out", "FOLDER/exported"), finish_run
-    ),
+    "export": Kind(copied("export", "FOLDER/run", "--format", "timm", "--out", "FOLDER/exported"), finish_run),
     "report": Kind(copied("report", "FOLDER/run"), finish_run),
 }  # fmt: skip
 

@@ -283,7 +283,7 @@ KINDS = {
     ),
     # With --overwrite, since the end may come after everything is done.
     "export": Kind(
-        one("export", "OUT/run", "--format", "timm", "--overwrite", "--out", "OUT/exported"), finish_run, copy_run
+        one("export", "OUT/run", "--format", "timm", "--out", "OUT/exported"), finish_run, copy_run
     ),
     "reports": Kind(
         series(

@@ -430,11 +430,66 @@ def test_an_export_is_replaced_only_when_asked(folder, tmp_path):
     model = open_trained_model(str(folder))
     options = Export(model=str(folder), out=tmp_path / "out", verify=False, format=("torch-export",))
     export.export(options, model, None)
+    other = options.model_copy(update={"format": ("timm",)})
     with pytest.raises(funmatch.InputError, match="exists"):
-        export.export(options, model, None)
-    export.export(options.model_copy(update={"overwrite": True, "format": ("timm",)}), model, None)
+        export.export(other, model, None)
+    export.export(other.model_copy(update={"overwrite": True}), model, None)
     assert not (tmp_path / "out/model.pt2").exists()
     assert (tmp_path / "out/timm/model.safetensors").exists()
+
+
+def test_a_repeated_export_finds_itself_done(folder, photos, tmp_path, capsys):
+    words = ["export", str(folder), "--out", str(tmp_path / "out"), "--data", str(photos), "--unlabelled", "--json"]
+
+    def run(*more: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, *more])
+        return (ended.value.code, *capsys.readouterr())
+
+    first = run("--format", "timm", "onnx")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    half = tmp_path / ".out.old.partial"
+    half.mkdir()  # a kill after the new folder had its name
+    code, printed, said = run("--format", "timm", "onnx")
+    assert code == 0
+    results = [json.loads(each) for each in (first[1], printed)]
+    assert all(results[0][key] == results[1][key] for key in ("out", "model", "run", "formats", "quantized"))
+    assert "is there already" in said
+    assert not half.exists()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
+    assert "--format; pass --overwrite" in run("--format", "onnx")[2]
+    # The images are compared by their content, which --no-verify leaves unread.
+    assert "--verify, images; pass --overwrite" in run("--format", "timm", "onnx", "--no-verify")[2]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
+    code, _, said = run("--format", "timm", "onnx", "--overwrite")
+    assert code == 0
+    assert "is there already" not in said
+
+
+@pytest.mark.parametrize("name", ["timm/model.safetensors", "labels.txt", "export.json"])
+def test_an_export_with_a_changed_file_is_not_taken_for_done(name, folder, tmp_path):
+    model = open_trained_model(str(folder))
+    options = Export(model=str(folder), out=tmp_path / "out", verify=False, format=("timm",))
+    export.export(options, model, None)
+    path = tmp_path / "out" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(funmatch.InputError, match=rf"{name}.*; pass --overwrite"):
+        export.export(options, model, None)
+    assert path.read_bytes() == bytes(content)
+    export.export(options.model_copy(update={"overwrite": True}), model, None)
+    export.export(options, model, None)
+
+
+def test_an_export_of_other_weights_is_not_taken_for_done(folder, tmp_path):
+    model = open_trained_model(str(folder))
+    options = Export(model=str(folder), out=tmp_path / "out", verify=False, format=("timm",))
+    export.export(options, model, None)
+    with torch.no_grad():
+        next(model.classifier.net.parameters()).mul_(1.001)
+    with pytest.raises(funmatch.InputError, match="exported with other model; pass --overwrite"):
+        export.export(options, model, None)
 
 
 def test_a_runtime_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):

@@ -182,6 +182,17 @@ def remove_partials(folder: Path) -> None:
         remove(partial)
 
 
+def remove_beside(folder: Path) -> None:
+    """Removes what killed processes left of a folder that is complete: half of it, and what it has replaced."""
+    for partial in _beside(folder):
+        remove(partial)
+
+
+def _beside(folder: Path) -> list[Path]:
+    """Returns the names of a folder that is being written, and of the one that it replaces."""
+    return [folder.with_name(f".{folder.name}{end}{PARTIAL}") for end in ("", ".old")]
+
+
 @contextmanager
 def write_folder_atomically(folder: Path) -> Generator[Path]:
     """Yields an empty folder to fill, and renames it to `folder` when the block succeeds.
@@ -192,7 +203,7 @@ def write_folder_atomically(folder: Path) -> Generator[Path]:
         folder: the final name, whose parents are created. A link is followed: the folder it points to is replaced.
     """
     folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
-    partial, old = (folder.with_name(f".{folder.name}{end}{PARTIAL}") for end in ("", ".old"))
+    partial, old = _beside(folder)
     remove(partial)
     partial.mkdir(parents=True)
     try:

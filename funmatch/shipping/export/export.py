@@ -13,9 +13,9 @@ import torch
 
 from funmatch.config import Export
 from funmatch.errors import InputError
-from funmatch.runtime.disk.files import write_folder_atomically
+from funmatch.runtime.disk.files import remove_beside, write_folder_atomically
 from funmatch.runtime.log import info, track
-from funmatch.shipping.export import sidecars
+from funmatch.shipping.export import record, sidecars
 from funmatch.shipping.export.formats import FORMATS, Job, make_job
 from funmatch.shipping.export.locate import first_difference
 from funmatch.shipping.export.smaller import write_smaller
@@ -26,7 +26,7 @@ from funmatch.training.student.trained_model import TrainedModel
 
 
 def export(config: Export, model: TrainedModel, data: RealData | None) -> dict[str, Any]:
-    """Writes a folder with a model in each of the formats.
+    """Writes a folder with a model in each of the formats, or finds it written by the same command.
 
     Args:
         config: the options.
@@ -50,6 +50,19 @@ def export(config: Export, model: TrainedModel, data: RealData | None) -> dict[s
         model, uint8=config.input == "uint8", probabilities=config.probabilities, opset=config.opset,
         fixed_batch=config.fixed_batch,
     )  # fmt: skip
+    of = record.describe(config, model, job.about, data)
+    found = None if config.overwrite else record.find(out, of)
+    if found is not None:
+        info(f"export: {out} is there already, as this command writes it")
+        remove_beside(out)
+    else:
+        found = _write(config, job, data, out, of)
+    run = str(model.run.folder) if model.run else None
+    return {"out": str(out), "model": model.name, "run": run, **found}
+
+
+def _write(config: Export, job: Job, data: RealData | None, out: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """Writes the folder, all of it or nothing; returns the `formats` and `quantized` of `export`."""
     images = data.choose(config.images, "val", "train", "test") if data and config.verify else None
     reference = _reference(job, images) if images else None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,17 +79,18 @@ def export(config: Export, model: TrainedModel, data: RealData | None) -> dict[s
         about = sidecars.with_tensorflow(job.about, [each["file"] for each in found.values()])
         sidecars.write_sidecars(partial, about, name)
         if images:
-            record = {"formats": found, **_circumstances(images)}
-            (partial / sidecars.VERIFICATION).write_text(json.dumps(record, indent=2))
-    run = str(model.run.folder) if model.run else None
-    return {"out": str(out), "model": model.name, "run": run, "formats": found, "quantized": smaller}
+            checked = {"formats": found, **_circumstances(images)}
+            (partial / sidecars.VERIFICATION).write_text(json.dumps(checked, indent=2))
+        result = {"formats": found, "quantized": smaller}
+        record.write(partial, of, result)
+    return result
 
 
 def place_of(config: Export, model: TrainedModel) -> Path:
     """Returns the folder to write, by default inside the run's.
 
     Raises:
-        InputError: it exists and must not be replaced, or there is no run whose folder it could be in.
+        InputError: it exists without a record and must not be replaced, or there is no run whose folder it could be in.
     """
     if config.out is None and model.run is None:
         raise InputError(f"{config.model} is not a run, so pass --out, the folder for the files")
@@ -84,7 +98,7 @@ def place_of(config: Export, model: TrainedModel) -> Path:
     if out.is_file():
         raise InputError(f"{out} is a file; choose another --out")
     if out.is_dir() and any(out.iterdir()):
-        if not config.overwrite:
+        if not config.overwrite and not (out / record.RECORD).is_file():
             raise InputError(f"{out} exists; pass --overwrite to replace it, or another --out")
         # Whatever else is in a folder is not ours to remove.
         if not (out / sidecars.PREPROCESSING).is_file():
