@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT, PINS = ROOT / "pyproject.toml", ROOT / "constraints.txt"
-BUILD = ("hatchling", "editables")  # install.py builds the package with these
+BUILD = ("hatchling", "editables", "uv")  # install.py builds and installs the package with these
 PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = {
     "Linux x86-64": ("linux", "x86_64"),

@@ -97,7 +97,24 @@ def test_output_of_pip_is_logged_and_shown_only_on_failure(install, tmp_path, mo
     assert "ERROR: no room" in output
     assert "WARNING" not in output
     assert "GB" in output.splitlines()[0]
-    assert (tmp_path / "install.log").read_text() == log
+    # uv could not be had either, so pip was asked for it, and then for the rest.
+    assert (tmp_path / "install.log").read_text() == f"{log}{install.FAILED}\n{log}"
+
+
+def test_pip_installs_where_uv_fails(install, tmp_path, monkeypatch):
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:])\nraise SystemExit('--python' in sys.argv)\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["install.py"])
+    with pytest.raises(SystemExit) as end:
+        install.main()
+    assert end.value.code == 0
+    lines = (tmp_path / "install.log").read_text().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("-m")] == ["pip", "uv", "pip", "pip"]
+    assert lines[2] == install.FAILED
+    assert lines[-1].endswith(f"{ROOT} --constraint {ROOT / 'constraints.txt'}")
 
 
 def test_progress_counts_downloads(install):
@@ -108,3 +125,7 @@ def test_progress_counts_downloads(install):
     assert progress.now == "tiny_thing"
     progress.see("Installing collected packages: a, b")
     assert progress.now == "unpacking"
+    for line in ("Downloading torch (100MiB)", "Downloading numpy (10MiB)", " Downloaded numpy"):
+        progress.see(line)
+    assert progress.total == pytest.approx(900.563 + 10 * 1.049)
+    assert progress.now == "torch (105 MB)"
