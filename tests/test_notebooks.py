@@ -353,6 +353,7 @@ def test_runs_of_earlier_sessions_are_copied_and_resumed(hosts, monkeypatch):
     assert times_of_files(run) == before
 
 
+@pytest.mark.slow
 def test_session_ends_before_the_hosts_limit(hosts, monkeypatch):
     monkeypatch.setattr(notebook_hosts, "BEGAN", time.monotonic())
     here = notebook.Place("kaggle", hosts / "data", hosts, notebook_hosts.MARGIN_HOURS + 4 / 3600)

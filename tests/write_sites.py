@@ -371,10 +371,14 @@ class Tries:
                     if each.number or not chosen(each) or (new := Place(each.site, number, each.after)) in ends:
                         return False
                     where_text = json.dumps([*new.site, new.after])
-                    with unwatched_open(where, "w") as file:
-                        file.write(where_text)
+                    try:
+                        with unwatched_open(where, "x") as file:
+                            file.write(where_text)
+                    except FileExistsError:  # another thread ends the process just now
+                        return False
                     return True
 
+                where.unlink(missing_ok=True)
                 code, _, said = carry_out(words, self.env(folder), is_new)
                 if code != KILLED:
                     break

@@ -434,6 +434,7 @@ def test_killed_study_repeats_no_finished_run_and_changes_no_result(tmp_path):
     assert comparable_results(out) == comparable_results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
     def start(words: list[str], **options):
         # What fails does so in a process of its own, as all runs do, before it loads PyTorch.

@@ -212,6 +212,7 @@ def test_trials_share_the_teachers_logits(tmp_path, capsys):
         assert "tape" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_trials_continue_a_search_and_every_tested_trial_is_listed(tmp_path):
     first = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
     extended = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=3)
@@ -364,6 +365,7 @@ def test_error_without_optuna_names_the_package_to_install(tmp_path, monkeypatch
         funmatch.tune("train", tmp_path / "study", **TINY, space=LR)
 
 
+@pytest.mark.slow
 def test_folder_or_study_of_another_search_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_storage, "PATIENCE_SECONDS", 0.3)
     url = f"sqlite:///{tmp_path}/all.db"
@@ -388,6 +390,7 @@ def test_folder_or_study_of_another_search_is_refused(tmp_path, monkeypatch):
         funmatch.tune("train", tmp_path / "mine", **options)
 
 
+@pytest.mark.slow
 def test_locked_journal_is_reported_and_a_partial_line_is_repaired(tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_storage, "PATIENCE_SECONDS", 0.3)
     funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=1)

@@ -251,6 +251,7 @@ def test_all_published_sizes_give_the_published_logits(tmp_path, depth, width):
     assert_same(model, expected["0"], 32)
 
 
+@pytest.mark.slow
 def test_small_kernels_need_the_published_eps(tmp_path):
     """With kernels this small, timm's eps gives other logits; weights saved for timm are rescaled to give the same."""
     weights = random_bit(50, 1, scale=2e-3)

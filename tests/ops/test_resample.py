@@ -168,6 +168,7 @@ print(len(saved["cases"]), "equal")
 """
 
 
+@pytest.mark.slow
 def test_triton_kernel_equals_torch(flat, tmp_path):
     pytest.importorskip("triton")
     cases = []

@@ -67,6 +67,7 @@ print(plain, own)
 """
 
 
+@pytest.mark.slow
 @GLIBC
 def test_freed_memory_causes_no_page_faults_again():
     # A process of its own: here, other tests' allocations would add faults, and leave freed memory to reuse.

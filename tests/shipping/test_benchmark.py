@@ -186,6 +186,7 @@ def test_file_is_measured_beside_a_run(run, tmp_path, funmatch):
     assert (tmp_path / "out/page.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.slow
 def test_file_alone_is_seen_as_its_export_says(run, tmp_path):
     out = tmp_path / "exported"
     export.run(Export.checked(model=str(run), out=str(out), images=20))

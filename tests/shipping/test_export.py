@@ -280,6 +280,7 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(folder, photos, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_module_from_which_on_a_file_differs_is_named(folder, photos, tmp_path, monkeypatch):
     write, touched = formats.FORMATS["onnx"].write, "stem.conv3"
 

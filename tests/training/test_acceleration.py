@@ -95,7 +95,8 @@ class LimitedMemory(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "fits"), [pytest.param(32, None, 8, marks=pytest.mark.slow), (20, None, 5), (64, 16, 8)]
+    ("batch", "micro", "fits"),
+    [pytest.param(32, None, 8, marks=pytest.mark.slow), (20, None, 5), pytest.param(64, 16, 8, marks=pytest.mark.slow)],
 )
 def test_out_of_memory_error_names_the_micro_batch_that_fits(tmp_path, batch, micro, fits):
     options = TINY | {"batch": batch, "side": 32, "steps": 2, "student": LimitedMemory()}

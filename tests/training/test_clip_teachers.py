@@ -49,6 +49,7 @@ def test_a_run_from_class_names_alone(clip, images, tmp_path, monkeypatch):
     assert function_of(first) == function_of(again)
 
 
+@pytest.mark.slow
 def test_the_gate_judges_it_by_labels(clip, images, tmp_path):
     options = {
         "data": [str(images)],

@@ -66,8 +66,16 @@ def set_nan(folder: Path) -> None:
         ],
         (lambda folder: flip(folder / NEWEST / "state.json", 99), "state.json does not match its checksum"),
         (lambda folder: edit_state(folder, lambda state: state.update(step=4)), "state.json says step 4"),
-        (lambda folder: edit_state(folder, lambda state: state.update(colour=1)), "unknown key 'colour'"),
-        (lambda folder: (folder / NEWEST / "average.safetensors").unlink(), "average.safetensors is missing"),
+        pytest.param(
+            lambda folder: edit_state(folder, lambda state: state.update(colour=1)),
+            "unknown key 'colour'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda folder: (folder / NEWEST / "average.safetensors").unlink(),
+            "average.safetensors is missing",
+            marks=pytest.mark.slow,
+        ),
         (set_nan, "has a NaN"),
     ],
 )
@@ -95,7 +103,13 @@ def test_nothing_begins_anew_where_all_checkpoints_are_damaged(unfinished):
 
 
 @pytest.mark.parametrize(
-    "name", ["student/model.safetensors", "student/config.json", "student-ema/model.safetensors", "result.json"]
+    "name",
+    [
+        "student/model.safetensors",
+        pytest.param("student/config.json", marks=pytest.mark.slow),
+        pytest.param("student-ema/model.safetensors", marks=pytest.mark.slow),
+        "result.json",
+    ],
 )
 def test_a_damaged_end_is_written_again_by_the_same_command(tmp_path, whole, name):
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -147,7 +161,7 @@ def test_a_damaged_record_of_a_run_says_what_to_do(whole):
     assert repeat(whole, OPTIONS)[0] == "ok"
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("damage", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("flip", "gone")), "cut"])
 def test_a_changed_log_is_said_by_the_command_and_on_the_page(whole, damage):
     log = whole / "metrics.jsonl"
     content = log.read_bytes()

@@ -69,6 +69,7 @@ def test_students_together_equal_students_alone_with_one_teacher_pass(tmp_path, 
     assert calls_together < 0.6 * len(teacher_calls)
 
 
+@pytest.mark.slow
 def test_student_that_is_behind_catches_up(tmp_path):
     funmatch.distill(**OPTIONS | {"steps": 10}, student=STUDENTS[0], out=tmp_path / "both" / STUDENTS[0])
     both = funmatch.distill_several(**OPTIONS, students=STUDENTS, out=tmp_path / "both")

@@ -179,6 +179,7 @@ def test_impossible_extensions_are_refused(tmp_path, length, message, finished_r
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_all_ends_after_early_stopping_are_kept(tmp_path):
     options = OPTIONS | {"patience": 1, "eval_every": 2, "lr": 1e-9, "cooldown_steps": 4}
     for steps in (20, 30, 40):
@@ -208,6 +209,7 @@ def test_other_schedules_cannot_be_extended(tmp_path):
         funmatch.distill(out=folder, **options, steps=8)
 
 
+@pytest.mark.slow
 def test_training_on_labels_with_keep_best_can_be_extended(tmp_path):
     options = {name: value for name, value in OPTIONS.items() if name not in ("teacher", "ema")}
     options |= {"keep": "best", "eval_every": 2}

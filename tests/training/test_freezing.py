@@ -82,6 +82,7 @@ def test_equal_runs_are_judged_once(judged, tmp_path):
     assert len(judged) == 4
 
 
+@pytest.mark.slow
 def test_code_of_the_user_is_judged_in_each_run(judged, tmp_path):
     options = MINI | {"teacher": funmatch.load("fashion-mini-teacher")}
     for name in "ab":
@@ -96,6 +97,7 @@ def test_a_short_run_is_judged_by_its_first_batch(judged, tmp_path):
     assert (len(first), more) == (16, None)
 
 
+@pytest.mark.slow
 def test_a_short_run_does_not_decide_for_longer_ones(judged, tmp_path, capsys):
     """What 16 views refused must not be the first that a longer run tries: it would be taken."""
     funmatch.distill(out=tmp_path / "run", steps=25, **MINI)
@@ -214,6 +216,7 @@ def test_damaged_records_of_layers_are_refused_in_a_sentence(rescued, layers, me
         funmatch.distill(out=rescued, steps=30, save_every=10, **MINI)
 
 
+@pytest.mark.slow
 def test_damaged_measurements_of_layers_are_ignored(rescued, tmp_path):
     (place,) = (tmp_path / "cache" / "forms").iterdir()
     for number, layers in enumerate((["conv7"], 3, [""])):

@@ -246,6 +246,7 @@ def test_exports_give_each_class_a_probability_of_its_own(student, tmp_path):
         funmatch.export(run.folder, quantize=16, probabilities=True, out=tmp_path / "other", images=8)
 
 
+@pytest.mark.slow
 def test_a_quantised_export_is_measured_by_mean_average_precision(student, table, tmp_path):
     run, _ = student
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -241,7 +241,9 @@ def expected_probabilities(strategy: str, split, teacher, images, crops: int) ->
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("strategy", ["fix/rs", "fix/cc", "fix/ic_ens"])
+@pytest.mark.parametrize(
+    "strategy", ["fix/rs", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fix/cc", "fix/ic_ens"))]
+)
 def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatch, strategy, teacher):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fixed, "PART", 200)
