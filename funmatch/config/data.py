@@ -160,8 +160,6 @@ class Prepare(Named):
         found = []
         if self.to == "tfrecord" and self.out is None:
             found.append("--to tfrecord needs --out, the folder for the shards")
-        if self.to == "tfrecord" and self.task == "multilabel":
-            found.append("--to tfrecord writes one class an image; omit it with --task multilabel")
         # Refused, not ignored: somebody who gives them expects a folder of shards.
         if self.to == "cache" and (self.out or self.side):
             found.append("--out and --side belong to --to tfrecord")

@@ -37,14 +37,18 @@ def number_sets(sets: Mapping[str, Sets], classes: int) -> tuple[dict[str, np.nd
     return {name: np.array([numbers[each] for each in one], np.int32) for name, one in sets.items()}, table
 
 
+def set_of(dataset: Dataset, label: int) -> tuple[int, ...] | None:
+    """Returns the classes that a label stands for, whether the data set has label sets or one class an image."""
+    if label == UNLABELLED:
+        return None
+    return (label,) if dataset.label_sets is None else tuple(np.flatnonzero(dataset.label_sets[label]).tolist())
+
+
 def sets_of(dataset: Dataset, split: str) -> Sets:
-    """Returns the classes of each image of a split, whether the data set has label sets or one class an image."""
-    table: list[tuple[int, ...] | None] = (
-        [(number,) for number in range(len(dataset.classes))]
-        if dataset.label_sets is None
-        else [tuple(np.flatnonzero(each).tolist()) for each in dataset.label_sets]
-    )
-    table.append(None)  # UNLABELLED, which is -1, indexes it
+    """Returns the classes of each image of a split; see `set_of`."""
+    count = len(dataset.classes if dataset.label_sets is None else dataset.label_sets)
+    # UNLABELLED, which is -1, indexes the last.
+    table = [set_of(dataset, label) for label in (*range(count), UNLABELLED)]
     return [table[label] for label in dataset.splits[split].labels.tolist()]
 
 

@@ -17,13 +17,15 @@ from funmatch.data.cache.build import read_again, unreadable
 from funmatch.data.cache.open_cache import scan_dataset
 from funmatch.data.cache.scan import Scan, by_split, content_digest, fingerprint, reason_of, summary
 from funmatch.data.cache.storing import CacheOptions
-from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untracked
+from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
+from funmatch.data.label_sets import set_of
 from funmatch.data.labels import CLASS_FILES
 from funmatch.data.limits import is_of_machine
 from funmatch.data.readers.open import open_dataset
 from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.shard_images import Resizing, jpeg
+from funmatch.data.shard_labels import labels_to_write
 from funmatch.errors import InputError
 from funmatch.ops.order import shuffle_positions
 from funmatch.runtime.disk.files import cache_home, disk_errors, write_atomically
@@ -54,8 +56,9 @@ def write_shards(
 
     Splits are called train, validation and test.
 
-    A record is a `tf.train.Example` of `image` (JPEG of quality 95 without chroma subsampling) and `class` (int64;
-    absent where nothing is labelled), in random order. Complete shards of an interrupted attempt are kept.
+    A record is a `tf.train.Example` of `image` (JPEG of quality 95 without chroma subsampling) and `class` (int64, of
+    several labels an image all of them; absent where nothing is labelled), in random order. Complete shards of an
+    interrupted attempt are kept.
 
     Args:
         data: specs of the data sets to write.
@@ -75,8 +78,7 @@ def write_shards(
     home = cache_options.home or cache_home()
     folder = Path(os.path.realpath(folder))  # the finished folder cannot be renamed to a link
     dataset, scanned = scan_dataset(open_dataset(data, options, track), cache_options, track)
-    dataset = _without_labels(dataset) if options.unlabelled else dataset
-    _check_labels(dataset)
+    dataset = labels_to_write(dataset, unlabelled=options.unlabelled)
     description = _describe(dataset, scanned, resizing, size)
     # The lock lies with the caches, since the folder itself does not exist until it is complete.
     with file_lock(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
@@ -102,6 +104,8 @@ def _describe(dataset: Dataset, scanned: Scan, resizing: Resizing | None, size: 
         "format": FORMAT,
     }
     # Only where they are chosen: notes of earlier versions do not name them.
+    if dataset.label_sets is not None:
+        description["task"] = dataset.task
     if resizing and (resizing.fit, resizing.resample) != (Resizing.fit, Resizing.resample):
         description |= {"fit": resizing.fit, "resample": resizing.resample}
     return description
@@ -132,26 +136,6 @@ def _write_folder(
 def _summarize(dataset: Dataset, scanned: Scan, bad: NamedBadImages) -> dict[str, Any]:
     counts = summary(dataset, scanned, {(split, i) for split, i, *_ in bad})
     return counts | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": dataset.notes}
-
-
-def _without_labels(dataset: Dataset) -> Dataset:
-    splits = {
-        name: replace(split, labels=np.full_like(split.labels, UNLABELLED)) for name, split in dataset.splits.items()
-    }
-    return replace(dataset, classes=(), unnamed=False, splits=splits)
-
-
-def _check_labels(dataset: Dataset) -> None:
-    """Raises `InputError` for labels that shards cannot hold."""
-    for name, split in dataset.splits.items():
-        if not split.labelled and (split.labels >= 0).any():
-            raise InputError(
-                f"some images of {name} have labels and some have none; export labelled and unlabelled images "
-                "separately"
-            )
-    for name in dataset.classes:
-        if "\n" in name or "\r" in name or not name.strip():
-            raise InputError(f"the class name {name!r} is empty or has a line break; rename the class")
 
 
 def _write_splits(
@@ -191,8 +175,9 @@ def fingerprint_of(dataset: Dataset, scanned: Scan) -> str:
     """Returns a digest of what the shards hold: contents, labels and splits, but not where the files are."""
     # Without name and watched files: the same images in another place make the same shards.
     listing = fingerprint(Dataset("", dataset.classes, dataset.splits, dataset.read, []))
+    sets = b"" if dataset.label_sets is None else dataset.label_sets.tobytes()
     # "bad" too: a smaller --max-pixels leaves images out whose content is the same.
-    rows = content_digest(scanned.rows["digest"].tobytes() + scanned.rows["bad"].tobytes())
+    rows = content_digest(scanned.rows["digest"].tobytes() + scanned.rows["bad"].tobytes() + sets)
     return listing + rows.hex()
 
 
@@ -208,7 +193,9 @@ def _finished_shards(
     if note is None:
         return None
     # Notes of earlier versions lack `format`; what they describe is the same but for the name of a folder.
-    found = {"format": FORMAT} | {key: note.get(key) for key in {**description, "fit": 0, "resample": 0} if key in note}
+    found = {"format": FORMAT} | {
+        key: note.get(key) for key in {*description, "fit", "resample", "task"} if key in note
+    }
     # Only a finished folder lists its shards.
     if found != description or "shards" not in note:
         raise InputError(f"{folder} holds shards of other images or of another format; choose another --out")
@@ -276,8 +263,7 @@ def _write_shard(
             if is_of_machine(error):
                 raise
             return reason_of(error)
-        label = int(dataset.splits[split].labels[i])
-        return frame(example(image, label if label >= 0 else None))
+        return frame(example(image, set_of(dataset, int(dataset.splits[split].labels[i]))))
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         # Threads, since Pillow decodes without Python's lock; `map`, since a shard's order must be reproducible.

@@ -252,17 +252,17 @@ def test_zlib_shards_that_expand_without_end_are_refused(tmp_path, monkeypatch):
         open_dataset(write(tmp_path, [bomb]))
     monkeypatch.setattr(compressed, "EXPANDS_FREELY", 1 << 20)
     with pytest.raises(InputError, match="record 16: the shard expands to more than 100 times its"):
-        open_dataset(write(tmp_path, [zlib.compress(frame(example(bytes(1 << 16), 0)) * 40)]))
+        open_dataset(write(tmp_path, [zlib.compress(frame(example(bytes(1 << 16), [0])) * 40)]))
 
 
 @pytest.mark.parametrize("length", [0x8B1F, 0x9C78, 0x0178])
 def test_lengths_that_begin_as_compressed_files_do(tmp_path, jpegs, length):
     # The first two bytes of a plain shard are those of its first record's length: here of GZIP and ZLIB.
-    padding = length - len(frame(example(jpegs[0], 0))) + 16
+    padding = length - len(frame(example(jpegs[0], [0]))) + 16
     image = jpegs[0] + bytes(max(padding, 0))
-    while len(example(image, 0)) > length:
+    while len(example(image, [0])) > length:
         image = image[:-1]
-    shard = frame(example(image, 0))
+    shard = frame(example(image, [0]))
     assert shard[:2] == struct.pack("<H", length)
     spec = write(tmp_path, [shard])
     assert compression_of(tmp_path / "train" / "train-0.tfrec") == ""

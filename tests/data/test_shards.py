@@ -23,7 +23,9 @@ def jpeg_files(tmp_path) -> list[bytes]:
 
 def write_records(folder, jpegs, labels):
     folder.mkdir(parents=True)
-    records = [frame(example(jpeg, label)) for jpeg, label in zip(jpegs, labels, strict=False)]
+    records = [
+        frame(example(jpeg, None if label is None else [label])) for jpeg, label in zip(jpegs, labels, strict=False)
+    ]
     (folder / "0.tfrec").write_bytes(b"".join(records))
 
 

@@ -140,7 +140,7 @@ def test_gzip_shards_that_expand_without_end_are_refused_before_they_take_memory
     assert peak < 16 << 20
     # Many small records instead of a large one.
     monkeypatch.setattr(compressed, "EXPANDS_FREELY", 1 << 20)
-    path.write_bytes(gzip.compress(frame(example(bytes(1 << 16), 0)) * 40))
+    path.write_bytes(gzip.compress(frame(example(bytes(1 << 16), [0])) * 40))
     assert "record 16: the shard expands to more than 100 times its" in peak_of_reading(path)[0]
 
 
@@ -165,7 +165,7 @@ def test_all_bad_shards_are_named_at_once(tmp_path):
     [
         (b"", "it has no features"),
         (b"\x0a\x05hello", "not a tf.train.Example"),
-        (example(b"x", 3)[:-3], "cut off"),
+        (example(b"x", [3])[:-3], "cut off"),
         (example(b"x", None), "has no feature 'class'"),
     ],
 )
@@ -176,11 +176,11 @@ def test_records_that_are_not_examples_are_rejected(tmp_path, payload, message):
 
 
 def test_example_round_trip():
-    payload = example(b"bytes" * 100, 2**40)
+    payload = example(b"bytes" * 100, [2**40])
     features = parse_example(payload)
     assert payload[slice(*features["image"][0])] == b"bytes" * 100
     assert features["class"] == [2**40]
-    assert parse_example(example(b"", -1))["class"] == [-1]
+    assert parse_example(example(b"", [-1]))["class"] == [-1]
 
 
 def example_of(**features: bytes | list[int]) -> bytes:
@@ -230,7 +230,7 @@ def test_encoded_images_with_sizes_beside_them_stay_as_they_are(tmp_path):
 
 def test_labels_outside_the_classes_are_named(tmp_path):
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
-    (tmp_path / "a.tfrec").write_bytes(frame(example(b"x", 0)) + frame(example(b"x", 7)))
+    (tmp_path / "a.tfrec").write_bytes(frame(example(b"x", [0])) + frame(example(b"x", [7])))
     with pytest.raises(InputError, match=r"a.tfrec, record 1: label 7 is outside the 2 classes \(1 such"):
         open_dataset(f"tfrecord:{tmp_path}")
     (tmp_path / "classes.txt").write_text("ant\nAnt\n")
@@ -382,7 +382,7 @@ def test_labels_from_json_members(tmp_path, jpegs):
 
 def test_missing_shard_of_a_numbered_set_is_named(tmp_path):
     for i in (0, 2):
-        (tmp_path / f"train-{i:05}-of-00003").write_bytes(frame(example(b"x", 0)))
+        (tmp_path / f"train-{i:05}-of-00003").write_bytes(frame(example(b"x", [0])))
     with pytest.raises(InputError, match=r"of 3 shards train-…, 1 are missing, e\.g\. 00001"):
         open_dataset(f"tfrecord:{tmp_path}")
 
@@ -390,19 +390,19 @@ def test_missing_shard_of_a_numbered_set_is_named(tmp_path):
 def test_split_comes_from_file_name_before_folder_name(tmp_path):
     (tmp_path / "dev").mkdir()
     for split in ("train", "val"):
-        (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(frame(example(b"x", 0)))
+        (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(frame(example(b"x", [0])))
     assert list(open_dataset(f"tfrecord:{tmp_path}/dev").splits) == ["train", "val"]
 
 
 def test_new_shards_and_class_names_are_noticed(tmp_path, jpegs):
     (tmp_path / "s" / "train").mkdir(parents=True)
     for i in range(2):
-        (tmp_path / "s" / "train" / f"train_x-{i:02}-1.tfrec").write_bytes(frame(example(jpegs[i], i)))
+        (tmp_path / "s" / "train" / f"train_x-{i:02}-1.tfrec").write_bytes(frame(example(jpegs[i], [i])))
     assert open_cache(f"tfrecord:{tmp_path}/s").unnamed
     (tmp_path / "s" / "class.labels.txt").write_text("ant\nbee\n")
     assert open_cache(f"tfrecord:{tmp_path}/s").classes == ("ant", "bee")
     (tmp_path / "s" / "val").mkdir()
-    (tmp_path / "s" / "val" / "val_x-00-1.tfrec").write_bytes(frame(example(jpegs[2], 1)))
+    (tmp_path / "s" / "val" / "val_x-00-1.tfrec").write_bytes(frame(example(jpegs[2], [1])))
     assert list(open_cache(f"tfrecord:{tmp_path}/s").splits) == ["train", "val"]
 
 
@@ -461,7 +461,7 @@ def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
     import resource
 
     for i in range(120):
-        (tmp_path / f"train_x-{i:03}-1.tfrec").write_bytes(gzip.compress(frame(example(jpegs[i % 4], 0))))
+        (tmp_path / f"train_x-{i:03}-1.tfrec").write_bytes(gzip.compress(frame(example(jpegs[i % 4], [0]))))
     # Fewer descriptors than shards: a reader that kept each shard open would fail.
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (110, limits[1]))
@@ -475,5 +475,5 @@ def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
 def test_new_shards_of_a_deep_pattern_are_noticed(tmp_path, jpegs):
     for i, folder in enumerate(("x/y", "z/w")):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "a.tfrec").write_bytes(frame(example(jpegs[i], 0)))
+        (tmp_path / folder / "a.tfrec").write_bytes(frame(example(jpegs[i], [0])))
         assert len(open_cache(f"tfrecord:{tmp_path}/**/*.tfrec").splits["train"]) == i + 1

@@ -45,7 +45,7 @@ def png() -> bytes:
 
 def records(change: Change) -> bytes:
     """Three TFRecords, the second one changed; all checksums are right."""
-    plain = [example(png(), label) for label in (0, 1, 2)]
+    plain = [example(png(), [label]) for label in (0, 1, 2)]
     return b"".join(frame(change(each) if i == 1 else each) for i, each in enumerate(plain))
 
 

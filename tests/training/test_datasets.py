@@ -98,7 +98,7 @@ def test_numbered_classes_are_taken_in_the_teachers_order(tmp_path):
     from funmatch.data.readers.open import open_dataset
 
     mini = open_dataset("fashion-mini")
-    records = [frame(example(mini.read("test", i), int(mini.splits["test"].labels[i]))) for i in range(0, 2000, 100)]
+    records = [frame(example(mini.read("test", i), [int(mini.splits["test"].labels[i])])) for i in range(0, 2000, 100)]
     (tmp_path / "test.tfrecord").write_bytes(b"".join(records))
     metrics = funmatch.evaluate("fashion-mini-teacher", data=f"tfrecord:{tmp_path}/test.tfrecord")
     assert metrics["pictures"] == 20
@@ -118,7 +118,7 @@ def test_student_of_numbered_shards_gets_the_teachers_class_names(tmp_path):
     from funmatch.data.readers.open import open_dataset
 
     mini = open_dataset("fashion-mini")
-    records = [frame(example(mini.read("train", i), int(mini.splits["train"].labels[i]))) for i in range(0, 160, 5)]
+    records = [frame(example(mini.read("train", i), [int(mini.splits["train"].labels[i])])) for i in range(0, 160, 5)]
     (tmp_path / "train.tfrecord").write_bytes(b"".join(records))
     run = funmatch.distill(data=f"tfrecord:{tmp_path}/train.tfrecord", out=tmp_path / "run", **DISTILL)
     assert json.loads((run.folder / "student" / "config.json").read_text())["label_names"] == list(mini.classes)

@@ -16,7 +16,7 @@ from test_teachers import classifier
 
 import funmatch
 from funmatch.commands import plan
-from funmatch.config import Distill, Finetune, Prepare, Train
+from funmatch.config import Distill, Finetune, Train
 from funmatch.config.search import PlanDistill
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
@@ -349,11 +349,6 @@ def test_features_are_matched_on_images_of_several_classes(teacher, table, tmp_p
     alone = funmatch.distill(out=tmp_path / "alone", **given | {"match": "features"})
     assert alone.metrics["cosine"] > 0
     assert "Agreement on training views" not in alone.page.read_text()
-
-
-def test_shards_hold_one_class_an_image():
-    config = Prepare(data=("d",), task="multilabel", to="tfrecord", out="o")
-    assert config.problems() == ["--to tfrecord writes one class an image; omit it with --task multilabel"]
 
 
 def test_images_that_all_have_the_same_classes_cannot_be_trained_on(table, tmp_path):

@@ -6,7 +6,7 @@ is a map entry of name (1) and `Feature` (2), which is one of a list of bytes (1
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -189,10 +189,17 @@ def _floats(payload: bytes, start: int, stop: int) -> Iterator[np.ndarray]:
         yield np.frombuffer(payload, "<f4", (b - a) // 4, a)
 
 
-def example(image: bytes, label: int | None) -> bytes:
-    """Encodes a `tf.train.Example` of `image` (bytes) and `class` (int64), the format of the earlier project."""
+def example(image: bytes, labels: Sequence[int] | None) -> bytes:
+    """Encodes a `tf.train.Example` of `image` (bytes) and `class` (int64s), the format of the earlier project.
+
+    Args:
+        image: encoded.
+        labels: any number; None leaves out the feature, which an empty list does not.
+    """
     entries = [write_fields(1, write_fields(1, b"image") + write_fields(2, write_fields(1, write_fields(1, image))))]
-    if label is not None:
-        numbers = write_fields(3, write_fields(1, write_varint(label)))
+    if labels is not None:
+        # Packed, and nothing in a list of none, as TensorFlow writes them.
+        packed = b"".join(map(write_varint, labels))
+        numbers = write_fields(3, write_fields(1, packed) if packed else b"")
         entries.append(write_fields(1, write_fields(1, b"class") + write_fields(2, numbers)))
     return write_fields(1, b"".join(entries))

@@ -111,10 +111,10 @@ def _check_complete(paths: Sequence[Path], *, noted: bool = True) -> None:
             raise InputError(f"{folder}: of {count} shards {stem}-…, {len(missing)} are missing, e.g. {missing[0]:05}")
 
 
-def is_noted_unlabelled(paths: Sequence[Path]) -> bool:
-    """Returns whether the notes beside all of these shards say that their images have no labels."""
+def is_noted(paths: Sequence[Path], key: str, value: object) -> bool:
+    """Returns whether the notes beside all of these shards, which we wrote then, have this value at a key."""
     notes = {path.parent.parent / NOTE for path in paths}
-    return all(note.is_file() and _read_note(note, dict).get("labelled") is False for note in notes)
+    return all(note.is_file() and _read_note(note, dict).get(key) == value for note in notes)
 
 
 def _read_note(note: Path, shape: Shape) -> dict[str, Any]:

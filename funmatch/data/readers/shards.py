@@ -11,11 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from threading import Lock
 
-import numpy as np
-
 from funmatch.data.dataset import (
     NAMED_AT_MOST,
-    UNLABELLED,
     Dataset,
     ReadOptions,
     SplitListing,
@@ -24,9 +21,10 @@ from funmatch.data.dataset import (
 )
 from funmatch.data.formats.compressed import compression_of, open_shard
 from funmatch.data.formats.tfrecord import DamagedRecord
-from funmatch.data.labels import Classes, Label, class_files, find_classes, folders_of
+from funmatch.data.labels import Classes, class_files, find_classes, folders_of
 from funmatch.data.readers.shard_paths import splits_of, watched_folders
 from funmatch.data.readers.split_names import find_split
+from funmatch.data.shard_labels import NO_LABEL, Labels, labels_of, number_labels
 from funmatch.errors import InputError
 from funmatch.runtime.disk.files import disk_errors
 
@@ -39,14 +37,14 @@ class Record:
 
     Attributes:
         start, length: position of its bytes in the (decompressed) shard.
-        label: number or name of its class in the shard, or `UNLABELLED`.
+        label: number or name of its class in the shard, or `UNLABELLED`; with several labels an image, all of them.
         number: of the record, or name of the tar's member, for messages.
         header: bytes to put before these, which make an image file of pixels that are not encoded.
     """
 
     start: int
     length: int
-    label: Label
+    label: Labels
     number: int | str
     header: bytes = b""
 
@@ -57,6 +55,7 @@ class Oddities:
 
     Attributes:
         unlabelled: by shard, why its first record without a label has none, as an error would say it.
+        empty: the same of records that may have several labels, which have none only where all of a split are so.
         without_image: names of samples that have no image.
         features: names of all features in the records.
         taken: features that were read, as `image` and as `label`.
@@ -64,6 +63,7 @@ class Oddities:
     """
 
     unlabelled: dict[Path, str] = field(default_factory=dict)
+    empty: dict[Path, str] = field(default_factory=dict)
     without_image: list[str] = field(default_factory=list)
     features: set[str] = field(default_factory=set)
     taken: dict[str, set[str]] = field(default_factory=lambda: {"image": set(), "label": set()})
@@ -116,7 +116,12 @@ def open_shards(
     unlabelled, lacking = _check_unlabelled(pattern, shards, oddities, options)
     classes = _find_classes(pattern, paths, shards, oddities, options)
     notes += [*unlabelled, *oddities.notes(pattern), *([] if options.unlabelled else classes.notes)]
-    splits = {split: _split(images, classes, options) for split, images in shards.items()}
+    image_names = {
+        split: [f"{path}, record {record.number}" for path, record in images] for split, images in shards.items()
+    }
+    labels = {split: [record.label for _, record in images] for split, images in shards.items()}
+    numbers, sets = number_labels(image_names, labels, classes, options)
+    splits = {split: SplitListing(image_names[split], numbers[split]) for split in shards}
     # With --unlabelled, labels may have been too odd to use.
     names = classes.names if any(split.labelled for split in splits.values()) else ()
     shard_reader = _shard_reader()
@@ -131,7 +136,7 @@ def open_shards(
     watched |= {str(classes.file)} if classes.file else set()
     return Dataset(
         _name(paths, pattern), names, sort_splits(splits), read, sorted(watched), location=pattern, lacking=lacking,
-        unnamed=bool(names) and classes.unnamed, notes=tuple(notes),
+        unnamed=bool(names) and classes.unnamed, notes=tuple(notes), label_sets=sets if names else None,
     )  # fmt: skip
 
 
@@ -142,7 +147,7 @@ def _find_classes(
     oddities: Oddities,
     options: ReadOptions,
 ) -> Classes:
-    labels = [record.label for images in shards.values() for _, record in images]
+    labels = [label for images in shards.values() for _, record in images for label in labels_of(record.label)]
     try:
         return find_classes(pattern, labels, folders_of(paths), oddities.taken["label"], oddities.features, options)
     except InputError:
@@ -195,10 +200,11 @@ def _check_unlabelled(
     Raises:
         InputError: labels are missing inside a split.
     """
-    labelled = {split for split, images in shards.items() if any(record.label != UNLABELLED for _, record in images)}
+    labelled = {split for split, images in shards.items() if any(each.label not in NO_LABEL for _, each in images)}
     problems, notes = [], []
     for split, images in shards.items():
-        lacking = {path: oddities.unlabelled[path] for path, _ in images if path in oddities.unlabelled}
+        reasons = oddities.unlabelled if split in labelled else oddities.empty | oddities.unlabelled
+        lacking = {path: reasons[path] for path, _ in images if path in reasons}
         if not lacking or options.unlabelled:
             continue
         if labelled and split not in labelled:
@@ -257,31 +263,6 @@ class UnpackedShard:
         # `__init__` may have failed at a full disk.
         if hasattr(self, "file"):
             os.close(self.file)
-
-
-def _split(images: list[tuple[Path, Record]], classes: Classes, options: ReadOptions) -> SplitListing:
-    """Lists a split, and checks that its labels are within the classes."""
-    names = [f"{path}, record {record.number}" for path, record in images]
-    labels = classes.indices([record.label for _, record in images], options.first_label)
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes.names)))
-    # With --unlabelled, labels that are missing or unusable do not matter.
-    if (labels == UNLABELLED).all() or (len(outside) and options.unlabelled):
-        return SplitListing(names, np.full(len(names), UNLABELLED, np.int32))
-    if len(outside):
-        name, first = names[outside[0]], images[outside[0]][1].label
-        such = f"({len(outside)} such records)"
-        if first == UNLABELLED:
-            raise InputError(
-                f"{name}: there is no label, though others have one {such}; pass --label-feature none to ignore labels"
-            )
-        if classes.positions is not None:
-            raise InputError(
-                f"{name}: {str(first)!r} is not among the {len(classes.names)} names in {classes.file} {such}; add it"
-            )
-        # Labels that end at the number of classes are most likely counted from 1.
-        hint = "; if the first class has number 1, pass --first-label 1" if first == len(classes.names) else ""
-        raise InputError(f"{name}: label {first} is outside the {len(classes.names)} classes {such}{hint}")
-    return SplitListing(names, labels.astype(np.int32))
 
 
 def _name(paths: Sequence[Path], pattern: str) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untracked
 from funmatch.data.formats.tfrecord import DamagedRecord, Features, Span, parse_example, records
 from funmatch.data.labels import Label, parse_label, whole_number
-from funmatch.data.readers.shard_paths import is_noted_unlabelled, shard_paths
+from funmatch.data.readers.shard_paths import is_noted, shard_paths
 from funmatch.data.readers.shards import Oddities, Record, open_shards
+from funmatch.data.shard_labels import Labels, labels_of
 
 # Feature names of an image and its class, tried in this order: of the earlier project, of TensorFlow Datasets, of
 # TensorFlow's ImageNet scripts, WebDataset's endings, and of TensorFlow's own guide, where images are plain pixels.
@@ -41,8 +42,10 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
     """
     paths = shard_paths(pattern, ENDINGS, track)
     # Our own unlabelled shards have no feature `class`, which elsewhere would be an error.
-    if is_noted_unlabelled(paths):
+    if is_noted(paths, "labelled", False):
         options = replace(options, unlabelled=True)
+    # Then images of equal content stay apart, as they were, though each may have a single class.
+    several = options.task == "multilabel" and is_noted(paths, "task", "multilabel")
 
     def list_shard(path: Path, oddities: Oddities) -> list[Record]:
         shard_records = []
@@ -53,11 +56,13 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
                 image, label = _choose_features(features, options, oddities)
                 a, b = _image_span(features, image)
                 value, lacking = _label(features, payload, label, options)
+                value = labels_of(value) if several and not lacking else value
             except DamagedRecord as error:
                 raise DamagedRecord(f"record {number}: {error}") from None
             if lacking:
                 # No error yet: a whole split may be published without labels.
-                oddities.unlabelled.setdefault(path, f"record {number}: {lacking}")
+                kind = oddities.empty if value == () else oddities.unlabelled
+                kind.setdefault(path, f"record {number}: {lacking}")
             # Scans are kept by the names of images: with another feature, the same record is another image.
             name = f"{number} ({image})" if options.image_feature else number
             shard_records.append(Record(start + a, b - a, value, name, _pixel_header(features, payload[a:b])))
@@ -127,8 +132,8 @@ def _numbers(features: Features, name: str) -> list[int]:
     return [int(each) for each in values if not isinstance(each, tuple) and float(each).is_integer()]
 
 
-def _label(features: Features, payload: bytes, label: str, options: ReadOptions) -> tuple[Label, str]:
-    """Returns the label of a record, and what to say if it should have one."""
+def _label(features: Features, payload: bytes, label: str, options: ReadOptions) -> tuple[Labels, str]:
+    """Returns the label of a record, or with several an image all of them, and what to say if it should have one."""
     if label == "none":
         return UNLABELLED, ""
     if label not in features:
@@ -139,8 +144,11 @@ def _label(features: Features, payload: bytes, label: str, options: ReadOptions)
     if not len(values) or (
         isinstance(values[0], tuple) and len(values) == 1 and not payload[slice(*values[0])].strip()
     ):
-        return UNLABELLED, f"feature {label!r} is empty; pass another --label-feature, or --unlabelled"
+        none = () if options.task == "multilabel" else UNLABELLED
+        return none, f"feature {label!r} is empty; pass another --label-feature, or --unlabelled"
     try:
+        if len(values) > 1 and options.task == "multilabel":
+            return _parse_values(values, payload, f"feature {label!r}"), ""
         return _parse_value(values, payload, f"feature {label!r}"), ""
     except DamagedRecord:
         if not options.unlabelled:
@@ -148,10 +156,25 @@ def _label(features: Features, payload: bytes, label: str, options: ReadOptions)
         return UNLABELLED, ""
 
 
+def _parse_values(values: list | np.ndarray, payload: bytes, where: str) -> tuple[Label, ...]:
+    """Reads several labels; -1 and empty texts, which fill up lists to one length, stand for none."""
+    filled = [i for i, each in enumerate(values) if not isinstance(each, tuple) or payload[slice(*each)].strip()]
+    labels = [_parse_value(values[i : i + 1], payload, where) for i in filled]
+    found = tuple(dict.fromkeys(label for label in labels if label != UNLABELLED))
+    # Numbers come twice in a vector of 0 and 1 for each class, whose ones would be read as class 1.
+    if len(found) < len(labels) - labels.count(UNLABELLED) and not isinstance(found[0], str):
+        raise DamagedRecord(
+            f"{where} has {len(values):,} values with repetitions; expected the numbers of the image's classes, each "
+            "once (of a 0 or 1 for each class, write the positions of the ones)"
+        )
+    return found
+
+
 def _parse_value(values: list | np.ndarray, payload: bytes, where: str) -> Label:
     if len(values) > 1:
         raise DamagedRecord(
-            f"{where} has {len(values):,} values; expected one label (of one-hot vectors, write the position of the 1)"
+            f"{where} has {len(values):,} values; expected one label (of one-hot vectors, write the position of the "
+            "1; for several labels an image, pass --task multilabel)"
         )
     if isinstance(values, np.ndarray):
         return whole_number(float(values[0]), where)
