@@ -294,7 +294,8 @@ class TrainOptions(ImagesOptions, total=False):
     class each once before any comes again; for train and finetune. (default: shuffled)"""
     class_weights: Literal["none", "balanced"]
     """Weights of the classes in the loss. balanced: inversely proportional to their numbers of training images, 1 in
-    the mean over the images; for train and finetune. (default: none)"""
+    the mean over the images; with task="multilabel", an image with a class weighs as many times as there are training
+    images without it for each with it; for train and finetune. (default: none)"""
     dry_run: bool
     """Print the options as they would be used, where each value comes from, the images, the parameters and the length;
     train nothing and write no run folder."""
@@ -718,7 +719,8 @@ class HeadOptions(ImagesOptions, total=False):
     """Fit linear to features with mean 0 and deviation 1, as scikit-learn's StandardScaler makes them. The weights that
     are saved are for the features as they are. (default: on)"""
     class_weights: Literal["none", "balanced"]
-    """Weights of the classes in linear's loss. balanced: inversely proportional to their numbers of training images.
+    """Weights of the classes in linear's loss. balanced: inversely proportional to their numbers of training images;
+    with task="multilabel", an image with a class weighs as many times as there are without it for each with it.
     (default: none)"""
     calibrate: bool
     """Scale the logits so that the log loss on the validation images is least, which changes no predicted class.

@@ -64,7 +64,8 @@ class Train(Sources, Student, MixedViews, Optimizer, Loop):
         Literal["none", "balanced"], Opt(group=Group.LOOP, changes=Changes.STUDENT, inherit=Inherit.NEVER)
     ] = "none"
     """Weights of the classes in the loss. balanced: inversely proportional to their numbers of training images, 1 in
-    the mean over the images; for train and finetune."""
+    the mean over the images; with --task multilabel, an image with a class weighs as many times as there are training
+    images without it for each with it; for train and finetune."""
     out: Annotated[Path, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, essential=True, metavar="FOLDER")]
     """Run folder. The same command again resumes from its newest checkpoint."""
     # PLACE: a run is compared by the options that the recipe sets, not by its name.
@@ -84,12 +85,9 @@ class Train(Sources, Student, MixedViews, Optimizer, Loop):
         # Refused, since the images that are held out would be trained on by nobody and evaluated by nobody.
         if self.val not in (None, NO_VALIDATION) and self.eval_data:
             found.append("--val holds out images of --data, but --eval-data is evaluated on; give one of them")
-        # Both count each image for its one class.
-        found += [
-            f"{name} {getattr(self, name)} is for one class an image; omit it with --task multilabel"
-            for name in ("sampling", "class_weights")
-            if self.task == "multilabel" and self.moved(name)
-        ]
+        # It shows each image for its one class.
+        if self.task == "multilabel" and self.moved("sampling"):
+            found.append(f"sampling {self.sampling} is for one class an image; omit it with --task multilabel")
         # The first ranges are infinite, of which no average can be made.
         if self.quantize and self.ema is not None:
             found.append("--quantize does not go with --ema, whose average of weights is not what was rounded; omit it")

@@ -9,7 +9,6 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.data.readers.class_notes import first_of
 from funmatch.errors import InputError
-from funmatch.ops.distances import balanced_weights, mix_weights
 from funmatch.ops.mixing import mix_views
 from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import distributed
@@ -52,7 +51,7 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
     task, class_weights = task_of(config.task), None
     if config.class_weights == "balanced":
         labels = setup.cache.splits["train"].labels(slice(None))
-        class_weights = balanced_weights(labels, num_classes).to(setup.loop.device)
+        class_weights = task.balanced_weights(labels, num_classes).to(setup.loop.device)
 
     def loss(batch: Batch) -> Losses:
         _, view = mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)
@@ -60,9 +59,10 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
         labels = task.mix_labels(batch.labels, batch.own_weight, num_classes, config.label_smoothing)
         with timed("student"):
             logits = student(view)
-        each = task.label_loss(logits, labels)
-        if class_weights is not None:
-            each = each * mix_weights(batch.labels, batch.own_weight, class_weights)
+        if class_weights is None:
+            each = task.label_loss(logits, labels)
+        else:
+            each = task.weighted_loss(logits, labels, batch.labels, batch.own_weight, class_weights)
         # Over the images, not over their weights: pieces of a batch and processes then add up to the same gradient.
         return {"loss": each.mean()}
 

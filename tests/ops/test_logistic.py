@@ -57,6 +57,21 @@ def test_weighted_classes_equal_those_of_scikit_learn():
     torch.testing.assert_close(head.weight, weight, atol=1e-4, rtol=0)
 
 
+def test_weighted_classes_of_several_an_image_equal_those_of_scikit_learn():
+    features, numbers = correlated()
+    labels = numbers[:, None] == torch.arange(4)
+    labels[::7, 2] = True
+    ready = moments(features, scale=True).apply(features)
+    weights = torch.tensor([30.0, 1.0, 4.0, 0.25])
+    (head,) = fit_logistic(ready, labels.float(), 4, (0.1,), weights)
+    assert head.converged
+    for number, each in enumerate(weights.tolist()):
+        weight, bias = sklearns(ready, labels[:, number].long(), 0.1, class_weight={0: 1.0, 1: each})
+        own = 2 * weight[:, 1]
+        torch.testing.assert_close(head.weight[:, number], own, atol=1e-3 * float(own.abs().max()), rtol=0)
+        assert float(head.bias[number]) == pytest.approx(float(2 * bias[1]), abs=2e-3)
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_each_of_several_classes_an_image_has_the_weights_of_its_own_binary_fit(classes):
     features, numbers = correlated(classes=classes)

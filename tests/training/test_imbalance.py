@@ -14,6 +14,8 @@ from funmatch.config import Train
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.ops.distances import balanced_weights, mix_labels, mix_weights
+from funmatch.ops.mixing import mix_views
+from funmatch.ops.tasks import multilabel
 from funmatch.training import train
 from funmatch.training.defaults import view_spec
 
@@ -66,6 +68,55 @@ def test_loss_without_mixup_is_that_of_torch(data, tmp_path):
     assert plain != pytest.approx(loss.item(), rel=1e-3)
 
 
+@pytest.fixture(name="tags")
+def table_of_tags(data) -> Path:
+    """A table in which 12 of 16 images have the first class, 3 the second, none the third, and all the fourth."""
+    rows = [
+        f"{path.relative_to(data)},{int(i < 12)},{int(i > 12)},0,1"
+        for i, path in enumerate(sorted(data.rglob("*.png")))
+    ]
+    (data / "tags.csv").write_text("path,a,b,c,d\n" + "\n".join(rows))
+    return data / "tags.csv"
+
+
+def test_weights_of_several_labels_are_negatives_for_each_positive():
+    labels = torch.zeros(16, 4)
+    labels[:12, 0] = labels[13:, 1] = labels[:, 3] = 1
+    assert multilabel.balanced_weights(labels, 4).tolist() == pytest.approx([4 / 12, 13 / 3, 1, 1])
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0}, {"mixup": 1.0, "label_smoothing": 0.1}])
+def test_loss_of_several_labels_is_torchs_with_pos_weight(tags, tmp_path, options):
+    given = {"task": "multilabel", "label_column": "a;b;c;d", "class_weights": "balanced", "device": "cpu"} | options
+    built, objective = objective_of(tags, tmp_path, precision="fp32", **given)
+    batch = built.loader.batch_at(0)
+    student = built.student.classifier.eval()
+    lam = torch.as_tensor(batch.own_weight).reshape(-1, 1)
+    with torch.no_grad():
+        logits = student(mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)[1])
+        loss = objective.loss(batch)["loss"]
+    targets = lam * batch.labels[1:] + (1 - lam) * batch.labels[:-1]
+    targets = (1 - given.get("label_smoothing", 0)) * targets + given.get("label_smoothing", 0) / 2
+    expected = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([4 / 12, 13 / 3, 1, 1]))(logits, targets)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    plain = objective_of(tags, tmp_path, **given | {"class_weights": "none"})[1].loss(batch)["loss"].item()
+    assert plain != pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_a_run_of_several_labels_resumes_exactly(tags, tmp_path):
+    options = TINY | {"steps": 4, "save_every": 2, "eval_every": 4, "data": tags, "task": "multilabel"}
+    options |= {"class_weights": "balanced", "label_column": "a;b;c;d"}
+    whole = funmatch.finetune(out=tmp_path / "whole", **options)
+    shutil.copytree(whole.folder, tmp_path / "resumed")
+    (tmp_path / "resumed" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-000000004")
+    resumed = funmatch.finetune(out=tmp_path / "resumed", **options)
+    files = [(run.folder / "student" / "model.safetensors").read_bytes() for run in (whole, resumed)]
+    assert files[0] == files[1]
+    with pytest.raises(InputError, match="class_weights: balanced in the run, none now"):
+        funmatch.finetune(out=tmp_path / "resumed", **options | {"class_weights": "none"})
+
+
 def test_batches_are_balanced_on_one_process_and_on_two(data, tmp_path):
     built, _ = objective_of(data, tmp_path, sampling="balanced")
     loader = built.loader
@@ -106,6 +157,8 @@ def test_the_remedies_are_named_where_classes_are_very_unequal(data, funmatch):
     shown = funmatch("data", data).stdout
     assert "images per class of train: 1 (cat) … 12 (ant), 1 : 12" in shown
     assert "train and finetune count them equally with --class-weights balanced" in shown
+    shown = funmatch("data", data, "--task", "multilabel").stdout
+    assert "train and finetune count them equally with --class-weights balanced (in the loss)\n" in shown
     shutil.rmtree(data / "train" / "cat")
     assert "--sampling balanced" not in funmatch("data", data).stdout, "12 and 3 are near enough"
 

@@ -303,7 +303,6 @@ def test_models_of_one_task_are_refused_for_the_other(teacher, table, tmp_path):
     ("kind", "changes", "message"),
     [
         (Train, {"sampling": "balanced"}, "sampling balanced is for one class an image"),
-        (Train, {"class_weights": "balanced"}, "class_weights balanced is for one class an image"),
         (Distill, {"distance": "hard"}, "with --task multilabel use kl, reverse-kl, l2, euclidean"),
         (Distill, {"distance": "js"}, "distance js is for one class an image"),
         (Distill, {"tape": "t", "tape_top": 2}, "tape_top is for one class an image"),
@@ -318,9 +317,11 @@ def test_options_of_one_class_an_image_are_refused(kind, changes, message):
     assert not any(message in each for each in single.problems())
 
 
-def test_a_head_is_fitted_to_each_class(teacher, table, tmp_path):
+@pytest.mark.parametrize("weighted", ["none", "balanced"])
+def test_a_head_is_fitted_to_each_class(weighted, teacher, table, tmp_path):
     backbone = str(teacher.folder / "student")
     options = {"data": str(table), "task": "multilabel", "model": backbone, "side": 32, "C": (1e-3, 0.1, 10.0)}
+    options["class_weights"] = weighted
     found = funmatch.head(out=tmp_path / "head", **options).metrics
     assert [each["value"] for each in found["tried"]] == [1e-3, 0.1, 10.0]
     best = max(found["tried"], key=lambda each: each["map"])
@@ -332,8 +333,10 @@ def test_a_head_is_fitted_to_each_class(teacher, table, tmp_path):
     known, seen = ((each.double() - mean) / std for each in (known, seen))
     scores = []
     for number in range(3):
-        model = linear_model.LogisticRegression(C=found["chosen"], tol=1e-9, max_iter=20_000)
-        model.fit(known.numpy(), truth(table, "train")[:, number].numpy())
+        labels = truth(table, "train")[:, number].numpy()
+        weights = {0: 1, 1: (labels == 0).sum() / (labels == 1).sum()} if weighted == "balanced" else None
+        model = linear_model.LogisticRegression(C=found["chosen"], tol=1e-9, max_iter=20_000, class_weight=weights)
+        model.fit(known.numpy(), labels)
         answer = model.decision_function(seen.numpy())
         scores.append(sklearn_metrics.average_precision_score(truth(table, "test")[:, number], answer))
     assert found["map"] == pytest.approx(np.mean(scores), abs=1e-6)

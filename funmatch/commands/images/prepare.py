@@ -49,7 +49,8 @@ def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
     """Summarises a data set: the result of its scan, its place and size, and `class_sizes`."""
     size = sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
     place = {"name": cache.name, "data": list(data), "way": cache.way, "folder": str(cache.folder)}
-    return place | {"gigabytes": round(size / 1e9, 6), "class_sizes": class_sizes(cache)} | cache.summary
+    sizes = {"gigabytes": round(size / 1e9, 6), "class_sizes": class_sizes(cache)}
+    return place | sizes | ({} if cache.task == "multiclass" else {"task": cache.task}) | cache.summary
 
 
 def class_sizes(cache: Cache) -> dict[str, dict[str, Any]]:
@@ -107,9 +108,11 @@ def _describe(summary: dict[str, Any]) -> list[str]:
         )
         lines.append(f"images per class of {split}: {counts}")
         if split == "train" and sizes["ratio"] >= UNEQUAL:
+            # Batches cannot hold all classes equally often where images have several.
+            batches = "" if "task" in summary else " or --sampling balanced (in the batches)"
             lines.append(
                 "the classes are unequal: train and finetune count them equally with --class-weights balanced (in the "
-                "loss) or --sampling balanced (in the batches)"
+                f"loss){batches}"
             )
     for name in ("short_side", "long_side"):
         low, middle, high = summary[name]

@@ -63,7 +63,8 @@ class Head(Images, FinishedModel):
     """Fit linear to features with mean 0 and deviation 1, as scikit-learn's StandardScaler makes them. The weights that
     are saved are for the features as they are."""
     class_weights: Annotated[Literal["none", "balanced"], like(Train, "class_weights", group=Group.STUDENT)] = "none"
-    """Weights of the classes in linear's loss. balanced: inversely proportional to their numbers of training images."""
+    """Weights of the classes in linear's loss. balanced: inversely proportional to their numbers of training images;
+    with --task multilabel, an image with a class weighs as many times as there are without it for each with it."""
     calibrate: Annotated[bool, Opt(group=Group.STUDENT, changes=STUDENT)] = True
     """Scale the logits so that the log loss on the validation images is least, which changes no predicted class."""
     neighbours: Annotated[
@@ -80,8 +81,6 @@ class Head(Images, FinishedModel):
             moved = [f"--{type(self).opt(name).flag or name.replace('_', '-')}" for name in names if self.moved(name)]
             if moved and kind != self.kind:
                 found.append(f"{' and '.join(moved)} belong to --kind {kind}, not {self.kind}")
-        if self.task == "multilabel" and self.class_weights != "none":
-            found.append("--class-weights is for one class an image; omit it with --task multilabel")
         if self.unlabelled:
             found.append("--unlabelled leaves no labels to fit a head to")
         return found + super().problems()

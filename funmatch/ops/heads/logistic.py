@@ -103,10 +103,11 @@ def fit_logistic(
         classes: number of classes; for two, of which an image has one, the penalty is that of a single row of weights,
             as in scikit-learn.
         strengths: C, the inverse of the penalty.
-        weights: of the classes in the loss, (classes,); None for all 1.
+        weights: of the classes in the loss, (classes,); None for all 1. Of several classes an image, those of an
+            image's own classes, beside the others' 1.
     """
     one_each = labels.ndim == 1
-    problem = _Problem(features, labels, classes, weights) if one_each else _ProblemOfSets(features, labels, classes)
+    problem = (_Problem if one_each else _ProblemOfSets)(features, labels, classes, weights)
     place = torch.zeros(features.shape[1] + 1, classes, dtype=_precise(features.device), device=features.device)
     for strength in strengths:
         # A single row w has the logits ±w/2, whose squares add up to half of its own.
@@ -121,7 +122,7 @@ class _Problem:
     def __init__(self, features: Tensor, labels: Tensor, classes: int, weights: Tensor | None = None) -> None:
         self.features, self.classes = features, classes
         self.labels = labels.to(features.device)
-        self.weights = None if weights is None else weights.to(features)[self.labels][:, None]
+        self.weights = None if weights is None else weights.to(features)
         few = features[:: max(1, len(features) // (SAMPLED * features.shape[1]))]
         self.covariance = (few.T @ few).to(_precise(features.device)) / len(few)
 
@@ -135,8 +136,9 @@ class _Problem:
         """Yields p − y of some images at a time, (rows, classes): the slope of each one's loss in its scores."""
         for rows in _blocks(len(scores)):
             found = scores[rows].softmax(-1)
-            found[torch.arange(len(found), device=found.device), self.labels[rows]] -= 1
-            yield rows, found if self.weights is None else found * self.weights[rows]
+            own = self.labels[rows]
+            found[torch.arange(len(found), device=found.device), own] -= 1
+            yield rows, found if self.weights is None else found * self.weights[own][:, None]
 
     def gradient(self, scores: Tensor, place: Tensor, ridge: float) -> tuple[Tensor, float]:
         """Returns the gradient, (d + 1, classes), and the mean of p (1 − p)."""
@@ -177,7 +179,9 @@ class _ProblemOfSets(_Problem):
 
     def residuals(self, scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for rows in _blocks(len(scores)):
-            yield rows, scores[rows].sigmoid() - self.labels[rows].to(scores.dtype)
+            own = self.labels[rows].to(scores.dtype)
+            found = scores[rows].sigmoid() - own
+            yield rows, found if self.weights is None else found * (1 + own * (self.weights - 1))
 
 
 def _minimise(problem: _Problem, place: Tensor, ridge: float) -> tuple[Tensor, int, bool]:

@@ -6,7 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.ops import metrics
+from funmatch.ops import distances, metrics
+
+
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, labels: Tensor, lam: float | Tensor, weights: Tensor
+) -> Tensor:
+    """Computes the cross-entropy of each image, (n,), times the weight of its label.
+
+    Args:
+        logits: (n, classes).
+        targets: (n, classes), mixed.
+        labels, lam: that targets were mixed from; see `distances.mix_weights`.
+        weights: of the classes, (classes,).
+    """
+    return distances.cross_entropy(logits, targets) * distances.mix_weights(labels, lam, weights)
 
 
 def changes(logits: Tensor, reference: Tensor, nats: float) -> tuple[Tensor, Tensor, Tensor]:

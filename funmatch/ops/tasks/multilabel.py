@@ -69,6 +69,36 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(-1)
 
 
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Computes the mean over classes of −w · y · log σ(z) − (1 − y) · log (1 − σ(z)), torch's `pos_weight`.
+
+    Args:
+        logits, targets: as of `cross_entropy`.
+        weights: of `balanced_weights`, (classes,).
+
+    Returns:
+        (n,) float32.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none", pos_weight=weights).mean(-1)
+
+
+def balanced_weights(labels: Tensor, classes: int) -> Tensor:  # noqa: ARG001
+    """Computes how often an image with a class counts, so that those with it weigh as much as those without.
+
+    Args:
+        labels: of the training images, (n, classes) in {0, 1}.
+        classes: number of classes.
+
+    Returns:
+        (classes,) float32: images without the class / images with it; 1 for a class that none or all have.
+    """
+    # float64: float32 counts no further than 2²⁴ images.
+    having = labels.sum(0, dtype=torch.float64)
+    lacking = len(labels) - having
+    # A weight of 0, or an infinite one, would leave the class out, or nothing but it.
+    return torch.where((having > 0) & (lacking > 0), lacking / having.clamp(min=1), 1.0).float()
+
+
 def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: float = 0.0) -> Tensor:  # noqa: ARG001
     """Mixes labels as `mixing.mixup` and `mixing.cutmix` mix views.
 

@@ -41,6 +41,9 @@ class Task:
         probabilities: maps logits (n, classes) to probabilities.
         mix_labels: mixes the labels of a batch as its views are mixed, to targets (n, classes).
         label_loss: maps logits and targets to a loss an image, (n,).
+        balanced_weights: maps the labels of all training images and the number of classes to a weight for each class.
+        weighted_loss: maps logits, targets, the labels and λ that they were mixed from, and these weights to a loss an
+            image, (n,).
         distance: computes the distance of a name between student and teacher, one an image, (n,).
         divergence: maps logits, and the reference's, to the KL divergence of each image in nats, (n,).
         decisions: maps logits to what is predicted: the first class of each image, or whether each class is.
@@ -63,6 +66,8 @@ class Task:
     probabilities: Callable[[Tensor], Tensor]
     mix_labels: Callable[[Tensor, float | Tensor, int, float], Tensor]
     label_loss: Callable[[Tensor, Tensor], Tensor]
+    balanced_weights: Callable[[Tensor, int], Tensor]
+    weighted_loss: Callable[[Tensor, Tensor, Tensor, float | Tensor, Tensor], Tensor]
     distance: Distance
     divergence: Callable[[Tensor, Tensor], Tensor]
     decisions: Callable[[Tensor], Tensor]
@@ -82,6 +87,8 @@ MULTICLASS = Task(
     probabilities=lambda logits: logits.softmax(-1),
     mix_labels=distances.mix_labels,
     label_loss=distances.cross_entropy,
+    balanced_weights=distances.balanced_weights,
+    weighted_loss=multiclass.weighted_cross_entropy,
     distance=distances.distance,
     divergence=distances.kl,
     decisions=lambda logits: logits.argmax(-1),
@@ -100,6 +107,11 @@ MULTILABEL = Task(
     probabilities=lambda logits: logits.sigmoid(),
     mix_labels=multilabel.mix_labels,
     label_loss=multilabel.cross_entropy,
+    balanced_weights=multilabel.balanced_weights,
+    # Of a class's own term, whose target is mixed already.
+    weighted_loss=lambda logits, targets, labels, lam, weights: multilabel.weighted_cross_entropy(  # noqa: ARG005
+        logits, targets, weights
+    ),
     distance=multilabel.distance,
     divergence=multilabel.kl,
     decisions=multilabel.decisions,

@@ -12,7 +12,6 @@ from funmatch.config import Head
 from funmatch.models.heads.headed import AnyHead
 from funmatch.models.heads.modules import CosineHead, NeighbourHead, log_odds, log_shares
 from funmatch.ops.calibration import fit_temperature
-from funmatch.ops.distances import balanced_weights
 from funmatch.ops.embeddings import ROWS, find_neighbours, vote, vote_for_sets
 from funmatch.ops.heads.logistic import LinearHead, fit_logistic, moments
 from funmatch.ops.heads.means import class_means, directions, fit_slope, nearer_mean, nearest_mean, prior_log_odds
@@ -158,7 +157,8 @@ def _fit_linear(
     """Yields logistic regressions, from the strongest penalty on."""
     by = moments(train.features, scale=config.standardise)
     features = by.apply(train.features.to(device))
-    weights = balanced_weights(train.labels, classes) if config.class_weights == "balanced" else None
+    balanced = task_of(config.task).balanced_weights
+    weights = balanced(train.labels, classes) if config.class_weights == "balanced" else None
     fits = fit_logistic(features, train.labels, classes, config.tried, weights)
     for value, fitted in zip(config.tried, fits, strict=True):
         if not fitted.converged:
