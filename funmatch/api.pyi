@@ -1213,6 +1213,9 @@ class SelectOptions(TypedDict, total=False):
     alike: float
     """How alike two images are if one counts as a near copy of the other: correlation of their grey thumbnails, which
     may be mirrored or cut by up to a tenth. (default: 0.95)"""
+    extract: str | Path | None
+    """Folder to write the chosen images into, as they are encoded, which the table then names; needed where they are no
+    files of their own, as in shards. (default: none)"""
     overwrite: bool
     """Replace the file out if it exists."""
 

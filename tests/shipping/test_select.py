@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from make_images import write_few
 from PIL import Image, ImageEnhance
 
 import funmatch as api
+from funmatch.data.formats.tfrecord import example, frame
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 from funmatch.shipping.selection import scores
@@ -226,7 +228,85 @@ def test_an_interrupted_selection_goes_on(pool, tmp_path, monkeypatch):
         assert float(row["confidence"]) == pytest.approx(float(other[path]["confidence"]), abs=1e-6)
 
 
+def tar_of(pool, path) -> str:
+    """Writes the pool as a shard of WebDataset, whose samples are named by numbers."""
+    with tarfile.open(path, "w") as tar:
+        for number, file in enumerate(sorted((pool / "pool").rglob("*.*"))):
+            tar.add(file, f"{number}{file.suffix}")
+    return f"wds:{path}"
+
+
+def by_content(table) -> dict[bytes, tuple[str, float]]:
+    """The label and the confidence of each image of a table, by the bytes of its file."""
+    folder = os.path.dirname(table)
+    found = {}
+    for row in read(table):
+        with open(os.path.join(folder, row["path"]), "rb") as file:
+            found[file.read()] = row["label"], float(row["confidence"])
+    return found
+
+
+def test_a_table_and_shards_are_pools_like_their_folder(pool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"per_class": 4, "without": str(pool / "kept")}
+    api.select(pool / "pool", TEACHER, "folder.csv", **arguments)
+    expected = by_content("folder.csv")
+    files = sorted((pool / "pool").rglob("*.*"))
+    (pool / "table.csv").write_text("path\n" + "".join(f"{file.relative_to(pool)}\n" for file in files))
+    shards = tar_of(pool, tmp_path / "pool.tar")
+    # TFRecords of the same bytes, of which two shards have a record 0.
+    (tmp_path / "records").mkdir()
+    for number, part in enumerate((files[:20], files[20:])):
+        content = b"".join(frame(example(file.read_bytes(), None)) for file in part)
+        (tmp_path / "records" / f"{number}.tfrec").write_bytes(content)
+    for spec, extract in (
+        (f"csv:{pool}/table.csv", None),
+        (shards, "a/b"),
+        ("tfrecord:records", "c"),
+        (pool / "pool", "d"),
+    ):
+        given = {"extract": extract} if extract else {}
+        found = api.select(str(spec), TEACHER, "chosen.csv", overwrite=True, **arguments, **given)
+        assert (found["images"], found["unreadable"], found["chosen"]) == (63, 1, len(expected))
+        chosen = by_content("chosen.csv")
+        assert chosen.keys() == expected.keys()
+        for content, (label, confidence) in chosen.items():
+            assert (label, confidence) == (expected[content][0], pytest.approx(expected[content][1], abs=1e-6))
+        if extract:
+            # The files are those of the table, which runs read.
+            assert {os.path.join(extract, each.name) for each in (tmp_path / extract).iterdir()} == {
+                row["path"] for row in read("chosen.csv")
+            }
+            assert len(open_dataset("csv:chosen.csv").splits["train"]) == len(chosen)
+    # What was said of an image in a shard is not computed again, but where its bytes have changed.
+    calls = []
+    add = Memory.add
+    monkeypatch.setattr(Memory, "add", lambda memory, paths, rows: (calls.extend(paths), add(memory, paths, rows)))
+    again = {"overwrite": True, "extract": "c"} | arguments
+    api.select("tfrecord:records", TEACHER, "chosen.csv", **again)
+    assert not calls
+    other = Image.new("L", (28, 28), 90)
+    other.save(file := io.BytesIO(), "PNG")
+    (tmp_path / "records" / "0.tfrec").write_bytes(
+        b"".join(frame(example(each, None)) for each in (file.getvalue(), *(path.read_bytes() for path in files[1:20])))
+    )
+    api.select("tfrecord:records", TEACHER, "chosen.csv", **again)
+    assert len(calls) == 1
+    assert calls[0].endswith("0.tfrec, record 0")
+
+
+def test_pixels_of_shards_are_extracted_as_image_files(tmp_path):
+    found = api.select("fashion-mini-pool", TEACHER, tmp_path / "chosen.csv", per_class=2, extract=tmp_path / "files")
+    source = open_dataset("fashion-mini-pool")
+    known = {source.read("train", i) for i in range(len(source.splits["train"]))}
+    names = sorted(path for path in (tmp_path / "files").iterdir())
+    assert len(names) == found["chosen"] > 0
+    assert {path.suffix for path in names} == {".ppm"}
+    assert {path.read_bytes() for path in names} <= known
+
+
 def test_what_select_refuses(pool, tmp_path, funmatch):
+    shards = tar_of(pool, pool / "pool.tar")
     (tmp_path / "there.csv").write_text("")
     (tmp_path / "empty").mkdir()
     for words, message in (
@@ -236,6 +316,10 @@ def test_what_select_refuses(pool, tmp_path, funmatch):
         (["empty", "--per-class", "1", "--out", "a.csv"], "empty has no images"),
         (["none", "--per-class", "1", "--out", "a.csv"], "no file or folder none"),
         (["fashion-mini", "--per-class", "1", "--out", "a.csv"], "not files of their own, e.g. train/ankle boot/0"),
+        (
+            [shards, "--per-class", "1", "--out", "a.csv"],
+            "pass --extract FOLDER, which writes the chosen ones as files",
+        ),
         ([pool, "--per-class", "1", "--without", "nowhere", "--out", "a.csv"], "unknown data set 'nowhere'"),
     ):
         ended = funmatch("select", *map(str, words), "--teacher", TEACHER, check=2)

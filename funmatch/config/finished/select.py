@@ -28,7 +28,7 @@ class Select(ImageReading):
         Opt(group=Group.DATA, changes=DATA, positional=True, essential=True, refers=Refers.IMAGES, metavar="POOL …"),
     ]
     """Images to choose from: folders, files, patterns in quotes, tables of paths (csv:FILE), names of the catalog, or -
-    for a list of paths on standard input."""
+    for a list of paths on standard input; with --extract also shards (tfrecord:, wds:, hf:)."""
     teacher: Annotated[
         str,
         Opt(group=Group.STUDENT, changes=TEACHER, essential=True, refers=Refers.MODEL, metavar="MODEL"),
@@ -53,6 +53,9 @@ class Select(ImageReading):
     may be mirrored or cut by up to a tenth."""
     out: Annotated[Path, Opt(group=Group.OUTPUT, changes=PLACE, essential=True)]
     """Table of the chosen images, .csv or .parquet, with path, label and confidence: --data csv:FILE reads it."""
+    extract: Annotated[Path | None, Opt(group=Group.OUTPUT, changes=PLACE, usual="none", metavar="FOLDER")] = None
+    """Folder to write the chosen images into, as they are encoded, which the table then names; needed where they are no
+    files of their own, as in shards."""
     overwrite: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
     """Replace the file --out if it exists."""
 

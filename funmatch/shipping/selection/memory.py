@@ -19,7 +19,8 @@ ROW = np.dtype(
         ("end", "<i8"), ("crc", "<u4"),
     ]
 )  # fmt: skip
-"""What is known of an image: its class and the probability of it, its code, its file's size and time of change (ns),
+"""What is known of an image: its class and the probability of it, its code, its file's size and time of change (ns; of
+an image that is no file, a digest),
 where its path ends in the file of paths, and a checksum of the row and the path."""
 UNREADABLE = -1
 """The class of an image that cannot be read."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from funmatch.data.limits import is_of_machine
 from funmatch.models.classifier import fingerprint, function_of
 from funmatch.runtime.disk.files import cache_home
 from funmatch.shipping.counter import Counter
@@ -43,7 +44,7 @@ class _Coded:
 
     Attributes:
         image: the image.
-        state: size and time of change of its file when it was found.
+        state: of `_state_of` when it was found.
         code: see `copies.code`.
     """
 
@@ -98,7 +99,7 @@ def score(
                 if image.path in wanted:
                     continue
                 wanted[image.path] = image
-                coded = _Coded(image, _state_of(image.path))
+                coded = _Coded(image, _state_of(image))
                 known = memory.find(image.path, coded.state)
                 if known is None:
                     waiting.append(coded)
@@ -127,9 +128,20 @@ def _rows_of(answers: Answers, coded: list[_Coded]) -> np.ndarray:
     return rows
 
 
-def _state_of(path: str) -> tuple[int, int]:
+def _state_of(image: ImageFile) -> tuple[int, int]:
+    """Returns what changes with an image: size and time of its file, or size and digest of one inside a shard."""
     try:
-        found = os.stat(path)
+        found = os.stat(image.path)
     except OSError:
-        return -1, -1  # reading it says why
+        return _state_of_content(image)
     return found.st_size, found.st_mtime_ns
+
+
+def _state_of_content(image: ImageFile) -> tuple[int, int]:
+    try:
+        content = image.read()
+    except Exception as error:  # readers raise many types
+        if is_of_machine(error):
+            raise
+        return -1, -1  # reading it again says why
+    return len(content), int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)

@@ -23,6 +23,7 @@ from funmatch.shipping.counter import Counter
 from funmatch.shipping.inference import decoding_of, ready
 from funmatch.shipping.selection.choose import EXAMPLES, Choice, Chooser, KeptClear
 from funmatch.shipping.selection.copies import CopyIndex, codes_of_windows
+from funmatch.shipping.selection.extract import extract
 from funmatch.shipping.selection.scores import Scores, place_of, score
 from funmatch.shipping.sources.files import Decoding, ImageFile
 from funmatch.shipping.sources.find import EVALUATION, TRAINING, ImageStream, find_images, open_images
@@ -45,7 +46,8 @@ def run(config: Select, given: Mapping[str, Any] | None = None) -> dict[str, Any
         `examples`), `out`, `teacher`, `seconds`.
 
     Raises:
-        InputError: the file exists, there are no images, they are not files, or the teacher has no classes.
+        InputError: the file exists, there are no images, they are not files and --extract is not given, or the teacher
+            has no classes.
     """
     config.check()
     out = config.out.expanduser()
@@ -54,7 +56,7 @@ def run(config: Select, given: Mapping[str, Any] | None = None) -> dict[str, Any
     # Before loading, so that a wrong --device does not cost a download.
     device = devices.pick_device(config.device)
     precision = devices.resolve_precision(config.precision, device)
-    stream = _files_only(open_images(config, config.pool, TRAINING), config.pool)
+    stream = _nameable(open_images(config, config.pool, TRAINING), config)
     trained = _open_teacher(config, given)
     how = decoding_of(config, trained)
     # Before the pool: that it is missing is then said within a minute, and not after hours.
@@ -69,7 +71,7 @@ def run(config: Select, given: Mapping[str, Any] | None = None) -> dict[str, Any
         lambda number: _decode(scores.images[number], how), kept_clear,
     )  # fmt: skip
     choice = chooser.choose(scores.rows)
-    rows = _rows(scores, choice, classes, out)
+    rows = _rows(scores, choice, classes, out, config.extract and config.extract.expanduser())
     with tables.open_table(out, kind, COLUMNS) as table:
         table.write(rows)
     return _result(config, scores, choice, classes, avoided) | {
@@ -93,20 +95,21 @@ def _open_teacher(config: Select, given: Mapping[str, Any] | None) -> TrainedMod
     return trained
 
 
-def _files_only(stream: ImageStream, pool: Sequence[str]) -> ImageStream:
+def _nameable(stream: ImageStream, config: Select) -> ImageStream:
     """Returns the images of a pool.
 
     Raises:
-        InputError: the first is no file, as those of shards, which a table of paths cannot name.
+        InputError: the first is no file, as those of shards, which a table of paths can name only where they are
+            extracted.
     """
-    first = next(stream.images, None)
+    first, shown = next(stream.images, None), " ".join(config.pool)
     if first is None:
-        raise InputError(f"{' '.join(pool)} has no images to choose from")
+        raise InputError(f"{shown} has no images to choose from")
     # One that is missing is told as any that cannot be read.
-    if not os.path.lexists(os.path.expanduser(first.path)) and _is_readable(first):
+    if not config.extract and not os.path.lexists(os.path.expanduser(first.path)) and _is_readable(first):
         raise InputError(
-            f"the images of {' '.join(pool)} are not files of their own, e.g. {first.path}, so a table of paths cannot "
-            "name them; pass a folder of images, or a table of their paths"
+            f"the images of {shown} are not files of their own, e.g. {first.path}, so a table of paths cannot name "
+            "them; pass --extract FOLDER, which writes the chosen ones as files"
         )
     return ImageStream(chain([first], stream.images), stream.count)
 
@@ -164,14 +167,24 @@ def _decode(image: ImageFile, how: Decoding) -> np.ndarray:
         raise InputError(f"{image.path}: {reason_of(error)}; it was readable before. Start the command again") from None
 
 
-def _rows(scores: Scores, choice: Choice, classes: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """Returns the rows of the table, class by class, with paths relative to its folder where they lie in it."""
+def _rows(
+    scores: Scores, choice: Choice, classes: Sequence[str], out: Path, extracted: Path | None
+) -> list[dict[str, Any]]:
+    """Returns the rows of the table, class by class, with paths relative to its folder where they lie in it.
+
+    Args:
+        extracted: folder to write the images into, if they are to be.
+    """
     folder = os.path.abspath(out.parent)
+
+    def path_of(image: ImageFile) -> str:
+        return str(extract(image, extracted)) if extracted else image.path
+
     # Stable: within a class, the surest come first.
     order = sorted(choice.chosen, key=lambda place: int(scores.rows[place]["label"]))
     return [
         {
-            "path": _relative(os.path.abspath(os.path.expanduser(scores.images[place].path)), folder),
+            "path": _relative(os.path.abspath(os.path.expanduser(path_of(scores.images[place]))), folder),
             "label": classes[scores.rows[place]["label"]],
             "confidence": float(scores.rows[place]["confidence"]),
         }
