@@ -1,9 +1,9 @@
 """Installs funmatch, editable, into the environment whose Python runs this; `make` calls it.
 
-uv does it, which pip gets first: it downloads and unpacks several packages at a time. Where uv cannot be had or fails, as
-behind a mirror that only pip's settings name, pip does it. Both print a line or more for each of 130 packages, in which
-errors are easy to miss. So their output goes to install.log in the environment; the terminal shows the current package,
-and the end of the output if the installation fails.
+uv does it, which pip gets first: it downloads and unpacks several packages at a time. Where uv cannot be had or
+fails, as behind a mirror that only pip's settings name, pip does it. Both print a line or more for each of 130
+packages, in which errors are easy to miss. So their output goes to install.log in the environment; the terminal shows
+the current package, and the end of the output if the installation fails.
 """
 
 import argparse
@@ -132,7 +132,8 @@ def pip(arguments: tuple[str, ...], constraints: Path | None) -> list[str]:
     command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input"]
     # Without bytecode: Python compiles what it imports, and most of 5 GB is never imported.
     command += ["--no-compile", *arguments]
-    return command + (["--constraint", str(constraints)] if constraints else ["--upgrade", "--upgrade-strategy", "eager"])
+    newest = ["--upgrade", "--upgrade-strategy", "eager"]
+    return command + (["--constraint", str(constraints)] if constraints else newest)
 
 
 def uv(arguments: tuple[str, ...], constraints: Path | None) -> list[str]:

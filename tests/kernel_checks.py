@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from funmatch.ops.native import library
+from funmatch.ops.native import build
 
 
 def build_quickly(monkeypatch) -> None:
     """Builds kernels without optimization, in a third of the time, for tests of what is wrong in their sources."""
-    flags = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)
-    assert flags != library.FLAGS
-    monkeypatch.setattr(library, "FLAGS", flags)
-    monkeypatch.setattr(library, "FURTHER_FLAGS", {})
+    flags = tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS)
+    assert flags != build.FLAGS
+    monkeypatch.setattr(build, "FLAGS", flags)
+    monkeypatch.setattr(build, "FURTHER_FLAGS", {})
 
 
 def errors(actual: Iterable[Tensor], truth: Iterable[Tensor]) -> list[float]:

@@ -1,7 +1,6 @@
 """Estimates time, memory and disk space of a run on this machine: FLOPs are counted, and a few real steps measured."""
 
 import resource
-import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from funmatch.reports import run_page  # noqa: F401  (a run draws a page at its 
 from funmatch.reports.plan import picture
 from funmatch.reports.result import Result
 from funmatch.runtime import devices, env, transfers
+from funmatch.runtime.disk.files import scratch_folder
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, format_bytes, percent
 from funmatch.training import profiling
@@ -216,12 +216,12 @@ def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
         place = place.parent
     student = setup.student
     # On the disk of the run, since disks differ in speed.
-    with tempfile.TemporaryDirectory(dir=place, prefix=".funmatch-plan-") as folder:
+    with scratch_folder(place, "funmatch-plan") as folder:
         began = time.perf_counter()
         tensors = transfers.snapshot(checkpoint.tensors_of(student.classifier.net, student.optimizer, student.others))
-        checkpoint.save(Path(folder), tensors, TrainState(step=1))
+        checkpoint.save(folder, tensors, TrainState(step=1))
         took = time.perf_counter() - began
-        return took, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        return took, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def parameter_bytes(setup: TrainSetup[Any]) -> int:

@@ -15,9 +15,9 @@ from funmatch.data import jpeg as jpegs
 from funmatch.data.decode import decode
 from funmatch.data.jpeg import Box, kernel_decode, pick_decoder, pillow_decode
 from funmatch.data.limits import Limits
-from funmatch.ops.native import library
+from funmatch.ops.native import build, library
 
-pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler here")
 MARKERS = (0x00, 0xC4, 0xD0, 0xD3, 0xD9, 0xDA, 0xFF)
 
 
@@ -224,7 +224,7 @@ def test_the_kernel_is_not_used_where_a_decoder_computes_other_pixels_or_fails()
 
 def test_without_a_compiler_boxes_are_decoded_by_pillow(monkeypatch):
     jpeg = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)))
-    monkeypatch.setattr(library, "find_compiler", lambda: None)
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
     clear_caches()
     assert "compiler" in jpegs.why_unavailable(pillow_decode, "RGB")
     np.testing.assert_array_equal(decode(jpeg, box=(3, 5, 20, 11)), pillow_decode(jpeg)[3:23, 5:16])
@@ -241,11 +241,11 @@ def test_without_a_compiler_boxes_are_decoded_by_pillow(monkeypatch):
 def test_a_miscompiled_kernel_is_not_used(tmp_path, monkeypatch, name, line, fault):
     build_quickly(monkeypatch)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    copies = {path: Path(shutil.copy(path, tmp_path)) for path in (*library.SOURCES, *library.HEADERS)}
+    copies = {path: Path(shutil.copy(path, tmp_path)) for path in (*build.SOURCES, *build.HEADERS)}
     text = (tmp_path / name).read_text()
     assert line in text
     (tmp_path / name).write_text(text.replace(line, fault))
-    monkeypatch.setattr(library, "SOURCES", tuple(copies[path] for path in library.SOURCES))
-    monkeypatch.setattr(library, "HEADERS", tuple(copies[path] for path in library.HEADERS))
+    monkeypatch.setattr(build, "SOURCES", tuple(copies[path] for path in build.SOURCES))
+    monkeypatch.setattr(build, "HEADERS", tuple(copies[path] for path in build.HEADERS))
     clear_caches()
     assert "other pixels" in jpegs.why_unavailable(pillow_decode, "RGB")

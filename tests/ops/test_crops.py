@@ -6,7 +6,7 @@ import torch
 
 from funmatch.ops.crops import central_view, crop_resize_flip, resize, stack_views
 from funmatch.ops.mixing import mix_views, mixup
-from funmatch.ops.native import library
+from funmatch.ops.native import build
 
 
 def resample_by_definition(image, height, width):
@@ -38,7 +38,7 @@ def resampling_path(request, monkeypatch):
         monkeypatch.setattr("funmatch.ops.crops.MAX_BATCHED_PIXELS", 0)
     if request.param == "by torch":
         monkeypatch.setattr("funmatch.ops.resample.why_unavailable", lambda: "unwanted")
-    elif library.find_compiler() is None:
+    elif build.find_compiler() is None:
         pytest.skip("there is no C++ compiler here")
 
 

@@ -4,7 +4,10 @@ import copy
 import os
 import random
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +27,9 @@ from funmatch.models.inference.native import layers as native_layers
 from funmatch.models.load import load
 from funmatch.ops import resample
 from funmatch.ops.crops import crop_resize_flip
-from funmatch.ops.native import batch_norms, depthwise, library, norms, rows
+from funmatch.ops.native import batch_norms, build, depthwise, library, norms, rows
 
-pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler here")
 LAST = torch.channels_last
 
 
@@ -236,7 +239,7 @@ def test_without_a_compiler_torch_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     clear_caches()
-    assert library.find_compiler() is None
+    assert build.find_compiler() is None
     for reason in (library.why_unavailable(), norms.why_unavailable(), resample.why_unavailable()):
         assert "no C++ compiler" in reason
     torch.testing.assert_close(crop_resize_flip([image], box, flip, 32), views, atol=1e-5, rtol=0)
@@ -261,7 +264,7 @@ def test_kernel_check_ignores_torchs_default_dtype():
 
 def use_copy_of_kernels(cache: Path, monkeypatch) -> Path:
     """Uses another cache, with the kernels that the session has built; returns their file."""
-    built = library._build()
+    built = build.build()
     shutil.copytree(built.parent, cache / "kernels")
     monkeypatch.setenv("FUNMATCH_CACHE", str(cache))
     return cache / "kernels" / built.name
@@ -270,7 +273,7 @@ def use_copy_of_kernels(cache: Path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_damaged_library_is_rebuilt(tmp_path, monkeypatch):
     built = use_copy_of_kernels(tmp_path, monkeypatch)
-    assert library._build() == built
+    assert build.build() == built
     content = built.read_bytes()
     built.write_bytes(content[:100])
     assert library.why_unavailable() == ""
@@ -308,13 +311,13 @@ def miscompile(tmp_path: Path, monkeypatch, source: str, line: str, fault: str) 
     """Builds the kernels, in a cache of their own, from sources in one of which a line is replaced by a fault."""
     build_quickly(monkeypatch)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    for path in (*library.SOURCES, *library.HEADERS):
+    for path in (*build.SOURCES, *build.HEADERS):
         text = path.read_text()
         if path.name == source:
             assert line in text
             text = text.replace(line, fault)
         (tmp_path / path.name).write_text(text)
-    monkeypatch.setattr(library, "SOURCES", tuple(tmp_path / path.name for path in library.SOURCES))
+    monkeypatch.setattr(build, "SOURCES", tuple(tmp_path / path.name for path in build.SOURCES))
 
 
 @pytest.mark.parametrize(
@@ -348,11 +351,11 @@ def test_compiler_is_asked_for_its_version_once(tmp_path, monkeypatch):
     compiler, asked = tmp_path / "c++", tmp_path / "asked"
     compiler.write_text(f"#!/bin/sh\necho x >> {asked}\necho 'c++ 1.0'\n")
     compiler.chmod(0o755)
-    versions = [library._version_of(str(compiler)) for _ in range(2)]
+    versions = [build._version_of(str(compiler)) for _ in range(2)]
     assert versions == [b"c++ 1.0\n"] * 2
     assert asked.read_text() == "x\n"
     compiler.write_text(f"#!/bin/sh\necho x >> {asked}\necho 'c++ 2.0, newer'\n")
-    assert library._version_of(str(compiler)) == b"c++ 2.0, newer\n", "another file under the same path"
+    assert build._version_of(str(compiler)) == b"c++ 2.0, newer\n", "another file under the same path"
 
 
 def test_library_is_built_once(tmp_path, monkeypatch):
@@ -369,31 +372,31 @@ def test_library_is_built_once(tmp_path, monkeypatch):
 def test_a_library_that_is_damaged_or_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
     build_quickly(monkeypatch)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    built = library._build()
+    built = build.build()
     assert library.why_unavailable() == ""
     whole = built.read_bytes()
     copy_of = tmp_path / "cache" / "kernels" / "copy.so"
     copy_of.write_bytes(whole)
     copy_of.chmod(0o644)
-    library._digest_of(copy_of).write_text(library._digest_of(built).read_text())
-    assert library._is_intact(copy_of)
+    build._digest_of(copy_of).write_text(build._digest_of(built).read_text())
+    assert build._is_intact(copy_of)
     for seed in range(100):
         damaged = bytearray(whole)
         bit = random.Random(seed).randrange(8 * len(whole))
         damaged[bit // 8] ^= 1 << bit % 8
         copy_of.write_bytes(damaged)
-        assert not library._is_intact(copy_of), bit
+        assert not build._is_intact(copy_of), bit
     copy_of.write_bytes(whole)
     for mode in (0o664, 0o646):
         copy_of.chmod(mode)
-        assert not library._is_intact(copy_of)
+        assert not build._is_intact(copy_of)
     # A new file: this process has the other one mapped.
     built.unlink()
     built.write_bytes(bytes(damaged))
     clear_caches()
     assert library.why_unavailable() == ""
     assert built.read_bytes() != bytes(damaged)
-    assert library._is_intact(built)
+    assert build._is_intact(built)
 
 
 def test_kernels_lie_elsewhere_if_the_cache_is_of_somebody_else(tmp_path, monkeypatch):
@@ -402,10 +405,50 @@ def test_kernels_lie_elsewhere_if_the_cache_is_of_somebody_else(tmp_path, monkey
     shared = tmp_path / "shared" / "kernels"
     shared.mkdir(parents=True, mode=0o777)
     shared.chmod(0o777)
-    assert library._folder() == shared
+    assert build._folder() == shared
     assert stat.S_IMODE(shared.stat().st_mode) == 0o755, "one of this user's is closed to others"
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     if shared.stat().st_uid != 0:
-        assert library._folder() == tmp_path / "own" / "funmatch" / "kernels"
-    monkeypatch.setattr(library, "_is_ours", lambda _: False)
-    assert library._folder() == tmp_path / "own" / "funmatch" / "kernels"
+        assert build._folder() == tmp_path / "own" / "funmatch" / "kernels"
+    monkeypatch.setattr(build, "_is_ours", lambda _: False)
+    assert build._folder() == tmp_path / "own" / "funmatch" / "kernels"
+
+
+START = """
+import sys, time
+from pathlib import Path
+from funmatch.ops.native import build
+build.FLAGS = tuple("-O0" if each == "-O3" else each for each in build.FLAGS)
+build.FURTHER_FLAGS = {}
+build.start()
+if sys.argv[1] == "wait":
+    print(build.build().name)
+else:
+    while not any(build._folder().glob(".compiling.*.partial/*")):
+        time.sleep(0.01)
+    if sys.argv[1] == "kill":
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit(2)
+"""
+
+
+def test_kernels_are_built_beside_what_a_command_does_and_not_longer(tmp_path):
+    """A command that ends meanwhile stops the compilers; what a kill leaves, the next start clears."""
+    kernels = tmp_path / "kernels"
+
+    def start(how: str) -> tuple[int, str]:
+        words = [sys.executable, "-c", START, how]
+        done = subprocess.run(
+            words, capture_output=True, text=True, env=os.environ | {"FUNMATCH_CACHE": str(tmp_path)}, timeout=120
+        )
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout.strip()
+
+    assert start("exit") == (2, "")
+    assert not [*kernels.iterdir()]
+    assert start("kill") == (-signal.SIGKILL, "")
+    assert len([*kernels.glob(".compiling.*.partial")]) == 1
+    code, name = start("wait")
+    assert code == 0
+    assert {path.name for path in kernels.iterdir()} == {name, f".{Path(name).stem}.digest"}

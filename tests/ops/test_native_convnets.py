@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.inference.native import layers as native_layers
 from funmatch.models.inference.native.convnets import NativeBatchNorm2d, SkippedOnce
-from funmatch.ops.native import attention, batch_norms, depthwise, library, linear
+from funmatch.ops.native import attention, batch_norms, build, depthwise, linear
 
-pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler here")
 LAST = torch.channels_last
 KINDS = tuple(native_layers.AVAILABLE)
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from funmatch.models.inference.native import layers as native_layers
 from funmatch.models.inference.native.transformers import NativeLayerNorm, NativeLayerNorm2d
-from funmatch.ops.native import attention, library, linear, rows
+from funmatch.ops.native import attention, build, linear, rows
 
-pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler here")
 F32, BF16 = torch.float32, torch.bfloat16
 ROUNDING = {F32: 2e-6, BF16: 4e-3}
 """Error of a result, relative to the largest: of sums in fp32, and of rounding to bf16."""

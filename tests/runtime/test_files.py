@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from funmatch.runtime.disk.files import ABANDONED_SECONDS, PARTIAL, open_atomically, write_atomically
+from funmatch.runtime.disk.files import ABANDONED_SECONDS, PARTIAL, open_atomically, scratch_folder, write_atomically
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(tmp_path):
@@ -32,6 +32,21 @@ def test_what_another_writes_at_the_same_time_is_left_alone(tmp_path):
         assert (tmp_path / "a").read_bytes() == b"two"
     assert (tmp_path / "a").read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_scratch_folders_of_others_are_left_alone_while_they_work(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from funmatch.runtime.disk.files import scratch_folder\n"
+        "with scratch_folder(Path(sys.argv[1]), 'work') as folder: (folder / 'a').write_text(''); os._exit(9)"
+    )
+    (tmp_path / "mine.partial").mkdir()
+    with scratch_folder(tmp_path, "work") as one:
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+        assert len([*tmp_path.glob(f".work.*{PARTIAL}")]) == 2
+        with scratch_folder(tmp_path, "work") as two:
+            assert {*tmp_path.glob(f".work.*{PARTIAL}")} == {one, two}
+        assert one.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.partial"]
 
 
 def test_without_locks_only_what_nobody_has_changed_for_a_day_is_removed(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference import frozen
 from funmatch.models.load import load
-from funmatch.ops.native import library, norms
+from funmatch.ops.native import build, norms
 from funmatch.training import oom
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
@@ -68,7 +68,7 @@ def accelerate_small_networks(monkeypatch, tmp_path):
 
 
 COMPILED = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32", "steps": 6}
-compiler = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
+compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler here")
 
 
 def weights(folder: Path) -> bytes:

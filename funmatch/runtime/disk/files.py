@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -66,7 +66,7 @@ def open_atomically(path: Path) -> Generator[IO[bytes]]:
     # the longest names that a system allows have no room for more.
     prefix = f".{path.name[:48]}."
     _remove_abandoned(path.parent, prefix)
-    handle, partial = _create_partial(path.parent, prefix)
+    handle, partial = _create_partial(prefix, lambda prefix: tempfile.mkstemp(PARTIAL, prefix, path.parent))
     try:
         with disk_errors(path), open(handle, "w+b") as file:
             os.fchmod(handle, 0o644)  # mkstemp makes files that only their owner can read
@@ -79,10 +79,41 @@ def open_atomically(path: Path) -> Generator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def _create_partial(folder: Path, prefix: str) -> tuple[int, Path]:
-    """Creates a file under a temporary name, locked as long as it is open; returns its handle and its path."""
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Generator[Path]:
+    """Yields an empty folder for what is needed in between, and removes it; first those that killed processes left.
+
+    Args:
+        parent: where it is.
+        name: what it is for.
+    """
+
+    def make(prefix: str) -> tuple[int, str]:
+        path = tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=parent)
+        return os.open(path, os.O_RDONLY), path
+
+    prefix = f".{name}."
+    _remove_abandoned(parent, prefix, folders=True)
+    handle, folder = _create_partial(prefix, make)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what it cannot remove is cleared next time
+        os.close(handle)
+
+
+def _create_partial(prefix: str, make: Callable[[str], tuple[int, str]]) -> tuple[int, Path]:
+    """Creates a file or folder under a temporary name, locked as long as it is open.
+
+    Args:
+        prefix: with which its name begins.
+        make: creates it, and returns its handle and its path.
+    """
     while True:
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=PARTIAL, dir=folder)
+        try:
+            handle, name = make(prefix)
+        except FileNotFoundError:  # another process has taken the folder for abandoned before it was opened
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -94,27 +125,32 @@ def _create_partial(folder: Path, prefix: str) -> tuple[int, Path]:
         os.close(handle)
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Removes what killed processes left half-written of a file: that which no process is writing."""
+def _remove_abandoned(parent: Path, prefix: str, *, folders: bool = False) -> None:
+    """Removes files or folders that killed processes left half-written: those that no process is writing."""
     with suppress(OSError):
-        for entry in os.scandir(folder):
-            if not (entry.name.startswith(prefix) and entry.name.endswith(PARTIAL) and entry.is_file()):
+        for entry in os.scandir(parent):
+            kind = entry.is_dir if folders else entry.is_file
+            if not (entry.name.startswith(prefix) and entry.name.endswith(PARTIAL) and kind(follow_symlinks=False)):
                 continue
-            with suppress(OSError), open(entry.path, "rb") as file:
-                if _is_abandoned(file):
-                    os.unlink(entry.path)
+            with suppress(OSError):
+                handle = os.open(entry.path, os.O_RDONLY)
+                try:
+                    if _is_abandoned(handle):
+                        remove(Path(entry.path))
+                finally:
+                    os.close(handle)
 
 
-def _is_abandoned(file: IO[bytes]) -> bool:
-    """Returns whether no process is writing a half-written file any more."""
+def _is_abandoned(handle: int) -> bool:
+    """Returns whether no process is writing a half-written file or folder any more."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         # On a drive without locks only its age tells. A file that is wrongly removed would end a run; one that stays
         # takes room for a day.
-        return time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_SECONDS
+        return time.time() - os.fstat(handle).st_mtime > ABANDONED_SECONDS
     return True
 
 

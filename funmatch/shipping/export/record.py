@@ -1,6 +1,6 @@
 """Records what an export was made of, so that the same command, repeated, finds it done instead of in its way.
 
-The record is a file of the export's folder, which gets its name when everything in it is written: there is no half of it.
+The record is a file of the export's folder, which gets its name when everything in it is written: there is no half.
 """
 
 import json
@@ -21,7 +21,8 @@ from funmatch.version import __version__
 
 RECORD = "export.json"
 RECORD_FORMAT = 1
-SHAPE = {"of": dict[str, Any], "files": dict[str, dict], "result": {"formats": dict[str, dict], "quantized": dict | None}}
+RESULT = {"formats": dict[str, dict], "quantized": dict | None}
+SHAPE = {"of": dict[str, dict], "files": dict[str, dict], "result": RESULT}
 NOT_CONTENT = {"model", "out", "overwrite"}
 """Options that say from where and to where: what is written does not follow from them."""
 
@@ -84,11 +85,11 @@ def write(folder: Path, of: Mapping[str, Any], result: Mapping[str, Any]) -> Non
     (folder / RECORD).write_text(json.dumps(seal(record), indent=1))
 
 
-def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differences(recorded: Mapping[str, dict[str, Any]], wanted: Mapping[str, dict[str, Any]]) -> list[str]:
     """Names what differs: options as they are typed, the rest by its part."""
     names = []
     for part, values in wanted.items():
-        before = recorded.get(part) if isinstance(recorded.get(part), dict) else {}
+        before = recorded.get(part, {})
         if before != values:
             keys = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
             names += [f"--{key.replace('_', '-')}" for key in keys] if part == "options" else [part]
