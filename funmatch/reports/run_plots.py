@@ -56,6 +56,8 @@ LOSS = Panel("Loss on training views", "step", "loss", "loss")
 LR = Panel("Learning rate", "step", "lr", "learning rate", from_zero=True)
 MEASURED = (ACCURACY, PRECISION, NEIGHBOURS, AGREEMENT, KL, COSINE)
 OTHERS = (LOSS, LR, Panel("Throughput", "step", "images_per_second", "images/s", from_zero=True))
+LARGEST = 1e300
+"""Values that are not drawn from here on, as only a damaged log has them: the limits of axes would overflow."""
 LR_POINTS = 200
 """Points of the learning rate's line."""
 Points = tuple[list[int], list[float]]
@@ -105,6 +107,8 @@ def _figure(found: list[run_folder.Run], panel: Panel) -> Figure:
         if panel in (ACCURACY, PRECISION, NEIGHBOURS):
             teachers |= {panel.scale * r[panel.name]: r["teacher"] for r in starts}
     for value, teacher in teachers.items():
+        if abs(value) >= LARGEST:
+            continue
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=plain_label(_called(teacher)))
     axes.set_xlabel("step")
     axes.set_ylabel(panel.label)
@@ -165,9 +169,10 @@ def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:
 
 def _line(axes: Axes, points: Points, name: str | None, **look: Any) -> None:
     """Draws a line, if it has points: a run without this metric, as agreement without a teacher, has no entry."""
-    steps, values = points
-    if not steps:
+    drawn = [(step, value) for step, value in zip(*points, strict=True) if abs(value) < LARGEST]
+    if not drawn:
         return
+    steps, values = zip(*drawn, strict=True)
     # A line through one point is invisible, and through two it hides how few they are.
     look["marker"] = look.get("marker", "o") if len(steps) < FEW else None
     # matplotlib leaves out of the legend what begins with an underscore, as its own names of lines do.

@@ -125,6 +125,19 @@ def test_page_warns_of_a_diverged_run(runs):
     assert "400949785540" not in page
 
 
+@pytest.mark.parametrize("key", ["loss", "kl", "top1", "images_per_second"])
+def test_values_that_no_axis_can_show_are_left_out(runs, key):
+    log = runs[1] / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    last = [each for each in records if each.get(key) is not None][-1]
+    last[key] = 1.75e308
+    log.write_text("".join(json.dumps(each) + "\n" for each in records))
+    (panel,) = (each for each in (*run_plots.MEASURED, *run_plots.OTHERS) if each.name == key)
+    drawn = run_plots.plot([run_folder.find_run(runs[1])], panel)
+    assert "<svg" in drawn
+    assert "<path" in drawn
+
+
 def test_lead_of_a_comparison_names_the_best_run_and_the_next(runs):
     """Of the runs whose students are shown, not of the first."""
     for folder, top1 in zip(runs, (0.25, 0.75), strict=True):
