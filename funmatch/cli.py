@@ -35,9 +35,6 @@ from funmatch.runtime.env import reported_elsewhere
 from funmatch.runtime.functions import allow_words
 from funmatch.version import __version__
 
-TRAINING = (*TAUGHT, "demo", "tune")
-"""Commands that soon need the native kernels, which take seconds to compile where they are not yet."""
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 after success, 1 after a failure, 2 for invalid input, 128 + n after signal n.
@@ -45,8 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those of the command; None: of this program, whose signals are then handled.
     """
-    is_program = arguments is None
-    if is_program:
+    if arguments is None:
         signals.exit_on_signals()
     arguments = sys.argv[1:] if arguments is None else arguments
     allow_words(arguments)
@@ -57,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = read_command(arguments)
         for library in ("timm", "PIL"):  # their warnings address programmers
             warnings.filterwarnings("ignore", category=UserWarning, module=library)
-        carry_out(command, is_program=is_program)
+        carry_out(command)
         # Here, so that a full disk or a closed pipe is an error of this block and not of Python's exit.
         sys.stdout.flush()
     except InputError as error:
@@ -88,16 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(0)
 
 
-def carry_out(command: Command, *, is_program: bool = False) -> None:
-    """Runs a command, and prints its result on the main process.
-
-    Args:
-        is_program: whether nothing else is done in this process.
-    """
-    if is_program and command.verb in TRAINING and env.is_main_process():
-        from funmatch.ops.native import build
-
-        build.start()  # beside the command's imports
+def carry_out(command: Command) -> None:
+    """Runs a command, and prints its result on the main process."""
     verb, options, students = command.verb, command.options, command.students
     if students and isinstance(options, Distill):
         results = run_students(options, students, command.sources)

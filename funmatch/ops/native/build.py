@@ -1,20 +1,17 @@
 """Compiles the C++ kernels into a library in the cache, once a machine.
 
-`start` does it beside what a command does first, which is to import: compilers are processes of their own. A library
-that is there is used only if it is whole, and nobody else can write to it.
+A library that is there is used only if it is whole, and nobody else can write to it.
 """
 
-import atexit
 import hashlib
 import os
 import platform
 import shutil
-import signal
 import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 
 from funmatch.errors import first_line
 from funmatch.runtime.disk.files import cache_home, scratch_folder, user_cache, write_atomically
@@ -34,39 +31,12 @@ SECONDS = 600
 """What a compiler may take."""
 LOCK = Lock()
 """Held while the library is built: threads that ask for it meanwhile wait, and find it built."""
-RUNNING: set[subprocess.Popen] = set()
-"""Compilers at work."""
-STOPPED = Event()
-"""Set when the program ends, and no compiler is to start any more."""
 
 
 def find_compiler() -> str | None:
     """Returns the path of the machine's C++ compiler: `$CXX`, c++ or g++; None without one."""
     names = (os.environ.get("CXX"), "c++", "g++")
     return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
-def start() -> None:
-    """Builds the library in the background, if it is not there; whoever needs it meanwhile waits.
-
-    It is not loaded: it would bring an OpenMP of its own, before that of torch.
-    """
-
-    def work() -> None:
-        with suppress(OSError, subprocess.SubprocessError):  # `build` says it, to who needs the library
-            build()
-
-    thread = Thread(target=work, daemon=True)
-
-    def stop() -> None:
-        # A command that has failed does not wait for compilers, nor leave their files.
-        STOPPED.set()
-        for compiler in tuple(RUNNING):
-            _kill(compiler)
-        thread.join(SECONDS)
-
-    atexit.register(stop)
-    thread.start()
 
 
 def build() -> Path:
@@ -122,31 +92,16 @@ def _compile(command: list[str], library: Path) -> str | None:
 
 def _run(commands: list[list[str]]) -> list[str]:
     """Runs compilers at the same time; returns what those that failed complain of."""
-    running: list[subprocess.Popen] = []
+    running = [
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+        for words in commands
+    ]
     try:
-        for words in commands:
-            # In a group of its own: a compiler is several processes.
-            each = subprocess.Popen(
-                words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
-            )
-            running.append(each)
-            RUNNING.add(each)
-        if STOPPED.is_set():
-            raise OSError("the program ends")
         complaints = [each.communicate(timeout=SECONDS)[1] for each in running]
-        if STOPPED.is_set():
-            raise OSError("the program ends")
         return [text for each, text in zip(running, complaints, strict=True) if each.returncode]
     finally:
         for each in running:
-            _kill(each)  # where one took too long
-        RUNNING.difference_update(running)
-
-
-def _kill(compiler: subprocess.Popen) -> None:
-    if compiler.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(compiler.pid, signal.SIGKILL)
+            each.kill()  # where one took too long
 
 
 def _put(compiled: Path, path: Path) -> None:
