@@ -18,6 +18,7 @@ from PIL import Image
 
 from funmatch.config.choices import TaskName
 from funmatch.errors import InputError
+from funmatch.runtime.text import decode
 
 ORDER = ("train", "val", "test")
 UNLABELLED = -1
@@ -227,9 +228,10 @@ def read_class_file(path: Path) -> tuple[str, ...]:
     """Reads class names, one a line, as TensorFlow Datasets writes them (`label.labels.txt`)."""
     try:
         # Not splitlines, which also splits at separators that a class name may contain.
-        lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise InputError(f"cannot read class names from {path}: {error}") from None
+        lines = decode(path.read_bytes()).split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read class names from {path}: {reason}") from None
     # Windows ends lines with \r\n; other blanks at the end may belong to a name.
     names = [line.rstrip("\r") for line in lines if line.strip()]
     if not names:

@@ -13,6 +13,7 @@ import numpy as np
 from funmatch.data.dataset import UNLABELLED, ReadOptions, check_classes, read_class_file
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.errors import InputError
+from funmatch.runtime.text import decode
 
 # `<feature>.labels.txt` as TensorFlow Datasets writes them, and names that people choose.
 CLASS_FILES = ("class.labels.txt", "label.labels.txt", "labels.txt", "classes.txt", "class_names.txt")
@@ -33,6 +34,7 @@ class Classes:
         file: that they are from; None without one.
         unnamed: whether they are only numbers, since the source has no names.
         positions: index by name, where labels are names; None where they are numbers.
+        first: number that the file gives its first class; None where it has none.
         notes: what may surprise a user in how they were found.
     """
 
@@ -40,6 +42,7 @@ class Classes:
     file: Path | None = None
     unnamed: bool = False
     positions: dict[str, int] | None = None
+    first: int | None = None
     notes: tuple[str, ...] = ()
 
     def indices(self, labels: Sequence[Label], first_label: int) -> np.ndarray:
@@ -155,7 +158,7 @@ def find_classes(
     elif first != options.first_label:
         raise InputError(f"{file} numbers its classes from {first}; pass --first-label {first}")
     # With their numbers, as runs have recorded such names.
-    return Classes(classes, file, unnamed=not file, notes=tuple(notes))
+    return Classes(classes, file, unnamed=not file, first=first, notes=tuple(notes))
 
 
 def _split_numbers(names: tuple[str, ...]) -> tuple[tuple[str, ...], int | None]:
@@ -193,9 +196,9 @@ def _choose_file(
     ]
 
 
-def _words(path: Path) -> list[bytes]:
-    with suppress(OSError):  # told where it is read as the file of class names
-        return path.read_bytes().split()
+def _words(path: Path) -> list[str]:
+    with suppress(OSError, UnicodeDecodeError):  # told where it is read as the file of class names
+        return decode(path.read_bytes()).split()
     return []
 
 

@@ -81,8 +81,12 @@ def _number(names: Sequence[str], labels: Sequence[Label], classes: Classes, opt
             raise InputError(
                 f"{name}: {str(first)!r} is not among the {len(classes.names)} names in {classes.file} {such}; add it"
             )
+        hint = ""
+        if classes.first is not None:
+            hint = f"; {classes.file} numbers its classes from {classes.first}, so it is not the list of these labels"
         # Labels that end at the number of classes are most likely counted from 1.
-        hint = "; if the first class has number 1, pass --first-label 1" if first == len(classes.names) else ""
+        elif first == len(classes.names):
+            hint = "; if the first class has number 1, pass --first-label 1"
         raise InputError(f"{name}: label {first} is outside the {len(classes.names)} classes {such}{hint}")
     return numbers.astype(np.int32)
 

@@ -74,5 +74,11 @@ def check_scheme(address: str) -> None:
         )
 
 
+def check_scheme_if_any(text: str) -> None:
+    """Raises `InputError` for a text that is an address of a kind that is not read, and no path that exists."""
+    if re.match(r"\w+://", text) and not os.path.exists(text):
+        check_scheme(text)
+
+
 def _allowed() -> list[str]:
     return [address for address in os.environ.get(ALLOWED, "").split("\n") if address]

@@ -8,6 +8,19 @@ MISSING = "–"
 """Stands for a value that there is not."""
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 """Seconds of the units of durations."""
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""Encodings by the mark that editors and spreadsheets begin a file with."""
+
+
+def decode(content: bytes) -> str:
+    """Decodes a text that a person wrote, as UTF-8 or as its byte order mark says; the mark is no part of it.
+
+    Raises:
+        UnicodeDecodeError: UTF-16 that is cut off.
+    """
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    # Bytes that are not UTF-8 stay as they are: they may be those of a file's name.
+    return content.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape")
 
 
 def duration(seconds: float) -> str:

@@ -170,7 +170,8 @@ def test_a_class_file_sets_the_order_of_names(named, tmp_path):
     file = tmp_path / "order.txt"
     file.write_text("äster\nlily\nrose\ntulip\n")
     found = open_dataset(named, ReadOptions(class_file=file))
-    assert (found.classes, found.notes) == (("äster", "lily", "rose", "tulip"), ())
+    assert found.classes == ("äster", "lily", "rose", "tulip")
+    assert [note.partition(": ")[2] for note in found.notes] == ["1 of 4 classes have no images in any split: lily"]
     assert found.splits["train"].labels.tolist() == [3, 2, 0, 2]
     file.write_text("rose\ntulip\n")
     with pytest.raises(InputError, match=r"'äster' is not among the 2 names in .*order.txt \(1 such records\); add it"):
@@ -293,6 +294,10 @@ def test_numbered_lines_of_a_class_file(tmp_path, jpegs):
     by_name = open_dataset(spec, ReadOptions(label_feature="text"))
     assert by_name.classes == ("background", "a", "b")
     assert by_name.splits["train"].labels.tolist() == [1, 2] * 3
+    # No value of --first-label makes this file and these labels agree.
+    file.write_text("0:a\n1:b\n")
+    with pytest.raises(InputError, match=r"2 is outside the 2 classes \(3 .*labels.txt numbers its classes from 0, so"):
+        open_dataset(spec)
     file.write_text("1:a\n2:b\n")
     with pytest.raises(InputError, match=r"labels.txt numbers its classes from 1; pass --first-label 1"):
         open_dataset(spec)
@@ -309,3 +314,27 @@ def test_empty_labels_of_a_whole_split_are_none(tmp_path, jpegs):
     write_tar(tmp_path / "w" / "test-0.tar", {"0.jpg": jpegs[0], "0.cls": b"", "1.jpg": jpegs[1], "1.cls": b"1"})
     with pytest.raises(InputError, match=r"test-0\.tar: 0\.cls is empty; pass another --label-feature"):
         open_dataset(f"wds:{tmp_path}/w")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_marks_of_encodings_are_no_part_of_a_class_name(tmp_path, jpegs, encoding):
+    spec = write(tmp_path, [record(image=jpeg, **{"class": b"ab"[i % 2 : i % 2 + 1]}) for i, jpeg in enumerate(jpegs)])
+    (tmp_path / "classes.txt").write_text("b\r\na\r\n", encoding=encoding)
+    (tmp_path / "labels.txt").write_text("b\na\n")
+    found = open_dataset(spec)
+    assert (found.classes, found.notes) == (("b", "a"), ())
+    assert found.splits["train"].labels.tolist() == [1, 0] * 3
+    (tmp_path / "labels.txt").write_bytes("ab".encode("utf-16")[:-1])
+    with pytest.raises(InputError, match=r"cannot read class names from .*labels.txt: 'utf-16"):
+        open_dataset(spec)
+
+
+def test_classes_of_a_file_without_images_are_named(tmp_path, jpegs):
+    # As where the file is that of another feature.
+    spec = write(tmp_path, [record(image=jpeg, **{"class": i % 2}) for i, jpeg in enumerate(jpegs)])
+    write(tmp_path, [record(image=jpegs[0], **{"class": 1})], "val")
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\nfox\n")
+    lacking, empty = open_dataset(spec).notes
+    assert lacking.startswith(f"{tmp_path}: val has no images of 1 of 4 classes, ")
+    assert empty == f"{tmp_path}: 2 of 4 classes have no images in any split: cat, fox"
+    assert open_dataset(spec, ReadOptions(unlabelled=True)).notes == ()

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import logging
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import tarfile
 import threading
 import zipfile
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
@@ -22,6 +25,7 @@ from funmatch.cli import main
 from funmatch.data.cache import open_cache
 from funmatch.data.readers.open import open_dataset, resolve_spec
 from funmatch.data.remote import buckets, download, fetch, web
+from funmatch.data.remote.single import local_file
 from funmatch.errors import InputError, hide_secrets
 from funmatch.runtime import addresses, functions
 
@@ -302,7 +306,9 @@ def test_redirects_are_followed_by_name_and_without_credentials(web_files: WebSe
     assert "abcdef" not in said
     web_files.redirects["/train.tar"] = "ftp://elsewhere/train.tar"
     ask_again()
-    with pytest.raises(InputError, match=r"leads to ftp://elsewhere/train\.tar, which is not encrypted; if you trust"):
+    with pytest.raises(
+        InputError, match=r"leads to ftp://elsewhere/train\.tar, which is not on a web server; pass ano"
+    ):
         opened(f"wds:{address}/train.tar")
 
 
@@ -664,6 +670,53 @@ def test_errors_of_buckets_are_one_message(error, message):
 @pytest.mark.parametrize("error", [TimeoutError("x"), ConnectionError("y"), FakeError("try later", 503)])
 def test_broken_connections_of_buckets_are_tried_again(error):
     assert isinstance(buckets.explain(error, "s3://b/a.tar"), buckets.Unreachable)
+
+
+class NoCredentialsError(Exception):
+    """As botocore's is called."""
+
+
+def test_without_a_login_and_a_network_nothing_is_refused(monkeypatch, capsys):
+    class Files:
+        def __init__(self, anon: bool) -> None:
+            self.anon = anon
+
+        def invalidate_cache(self) -> None:
+            pass
+
+        def info(self, _: str) -> dict:
+            # Raised while another is handled, as by the libraries.
+            raise ConnectionError("Could not connect") if self.anon else NoCredentialsError("Unable to locate")
+
+    monkeypatch.setattr(buckets, "_open", lambda _, *, anonymous: Files(anonymous))
+    # Only what is unreachable lets a whole copy be used.
+    with pytest.raises(buckets.Unreachable, match="Could not connect"):
+        buckets.BucketFiles("s3").find("s3://public/a.tar", fetch.EVERYTHING)
+    assert "there are no credentials for S3 here; reading without any" in printed(capsys)
+
+
+@pytest.mark.skipif(not find_spec("gcsfs"), reason="needs gcsfs")
+def test_the_log_of_a_library_shows_no_traceback(capfd):
+    buckets._open.cache_clear()
+    with suppress(Exception):  # it may look for credentials at once
+        buckets._open("gs", anonymous=True)
+    try:
+        raise ConnectionError("no route")
+    except ConnectionError:
+        logging.getLogger("gcsfs").exception("_request out of retries")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("spec", ["{}", "tfrecord:{}", "wds:{}", "csv:{}", "hf:{}"])
+def test_addresses_of_other_kinds_are_told_behind_any_prefix(spec):
+    with pytest.raises(
+        InputError, match=r"^ftp://host/a\.tar is an address of another kind; expected one of gs://, s3"
+    ):
+        open_dataset(spec.format("ftp://host/a.tar"))
+    with pytest.raises(InputError, match=r"^file:///a\.tar is an address; pass /a\.tar"):
+        open_dataset(spec.format("file:///a.tar"))
+    with pytest.raises(InputError, match=r"ftp://host/names\.txt is an address of another kind"):
+        local_file("ftp://host/names.txt")
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):

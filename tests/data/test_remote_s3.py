@@ -136,6 +136,13 @@ def test_rights_and_missing_credentials(s3, tmp_path, jpegs, monkeypatch, capsys
     assert len(opened("wds:s3://pets/w/train.tar").splits["train"]) == 6
     assert "there are no credentials for S3 here; reading without any" in capsys.readouterr().err
 
+    # Without a network either, its copy is used.
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        ask_anew(s3fs)
+        assert len(opened("wds:s3://pets/w/train.tar").splits["train"]) == 6
+        assert "using the copy of" in capsys.readouterr().err
+    ask_anew(s3fs)
     addresses.allow("wds:s3://pets/w/own.tar")
     with pytest.raises(InputError, match=r"own\.tar is refused \(Forbidden\); the credentials .* missing"):
         open_dataset("wds:s3://pets/w/own.tar")

@@ -19,8 +19,15 @@ def first_of(names: Sequence[str], counted: str = "in all") -> str:
     return ", ".join(names[:NAMED]) + (f", … ({len(names)} {counted})" if len(names) > NAMED else "")
 
 
-def class_notes(root: object, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
-    """Returns notes about classes that cannot be learned from these folders, or are no classes by their names."""
+def class_notes(root: object, classes: tuple[str, ...], splits: dict[str, SplitListing], first: int = 0) -> list[str]:
+    """Returns notes about classes that cannot be learned from these images, or are no classes by their names.
+
+    Args:
+        root: names the source.
+        classes: class names.
+        splits: of the source.
+        first: index of the first class that has to have images; of those before it, something else was said.
+    """
     if len(classes) == 1:
         return [f"{root} has a single class, {classes[0]}, so accuracy on it means nothing"]
     notes = []
@@ -31,10 +38,10 @@ def class_notes(root: object, classes: tuple[str, ...], splits: dict[str, SplitL
     copies = [name for name in classes if (found := COPY.fullmatch(name)) and found[1] in classes]
     if copies:
         notes.append(f"WARNING: {root}: classes that look like copies of others: {first_of(copies)}")
-    return notes + _absent(root, classes, splits)
+    return notes + _absent(root, classes, splits, first)
 
 
-def _absent(root: object, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
+def _absent(root: object, classes: tuple[str, ...], splits: dict[str, SplitListing], first: int) -> list[str]:
     train = splits.get("train")
     if train is None or not train.labelled:
         return []
@@ -43,7 +50,7 @@ def _absent(root: object, classes: tuple[str, ...], splits: dict[str, SplitListi
     }
     absent = np.flatnonzero(counts["train"] == 0)
     elsewhere = [i for i in absent if any(count[i] for count in counts.values())]
-    empty = [classes[i] for i in absent if i not in elsewhere]
+    empty = [classes[i] for i in absent if i >= first and i not in elsewhere]
     notes = []
     if elsewhere:
         where = ", ".join(name for name, count in counts.items() if count[elsewhere].any())

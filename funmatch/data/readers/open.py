@@ -26,7 +26,7 @@ from funmatch.data.remote.archives import is_archive
 from funmatch.data.remote.objects import Wanted
 from funmatch.data.tables import manifest
 from funmatch.errors import InputError, hide_secrets, unknown
-from funmatch.runtime.addresses import WEB, canonical, check_scheme, is_address, scheme_of
+from funmatch.runtime.addresses import WEB, canonical, check_scheme_if_any, is_address, scheme_of
 
 
 def absolute_path(location: str) -> str:
@@ -204,6 +204,7 @@ def check_spec(spec: str) -> None:
         _check_address(prefix, location)
         check_named(spec)
         return
+    check_scheme_if_any(location)
     path = Path(spec).expanduser()
     if spec in CATALOG or prefix or path.exists():
         # One look, since a folder of images may hold a million files; the reader finds those without any image.
@@ -212,8 +213,6 @@ def check_spec(spec: str) -> None:
                 if next(entries, None) is None:
                     raise InputError(f"{spec} is empty; {EXPECTED}")
         return
-    if re.match(r"\w+://", spec):
-        check_scheme(spec)
     if re.fullmatch(r"[\w-]+/[\w.-]+", spec):
         raise InputError(f"there is no folder {spec}; for a data set of the Hugging Face Hub, pass hf:{spec}")
     if "/" in spec or spec.startswith((".", "~")):

@@ -22,6 +22,7 @@ from funmatch.data.dataset import (
 from funmatch.data.formats.compressed import compression_of, open_shard
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.data.labels import Classes, class_files, find_classes, folders_of
+from funmatch.data.readers.class_notes import class_notes
 from funmatch.data.readers.shard_paths import splits_of, watched_folders
 from funmatch.data.readers.split_names import find_split
 from funmatch.data.shard_labels import NO_LABEL, Labels, labels_of, number_labels
@@ -124,6 +125,7 @@ def open_shards(
     splits = {split: SplitListing(image_names[split], numbers[split]) for split in shards}
     # With --unlabelled, labels may have been too odd to use.
     names = classes.names if any(split.labelled for split in splits.values()) else ()
+    notes += _class_notes(pattern, names, splits) if sets is None and not options.unlabelled else []
     shard_reader = _shard_reader()
 
     def read(split: str, index: int) -> bytes:
@@ -155,6 +157,13 @@ def _find_classes(
         if not options.unlabelled:
             raise
         return Classes(positions={})
+
+
+def _class_notes(pattern: str, names: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
+    """Returns notes about classes without images in a split or in all of them."""
+    labelled = [split.labels for split in splits.values() if split.labelled]
+    # Another note says that the labels begin later.
+    return class_notes(pattern, names, splits, min(int(labels.min()) for labels in labelled)) if labelled else []
 
 
 def _list_shards(

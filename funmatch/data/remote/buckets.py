@@ -1,5 +1,6 @@
 """Reads files of buckets (Google Cloud Storage, S3, the Hugging Face Hub) through fsspec."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -143,11 +144,12 @@ class BucketFiles:
             raise
         except Exception as error:  # each library raises types of its own
             # Public buckets need no login, and S3's library does not try without one.
-            if type(error).__name__ == "NoCredentialsError" and not getattr(self.files, "anon", True):
-                info(f"{hide_secrets(address)}: there are no credentials for S3 here; reading without any")
-                self.files = _open(self.scheme, anonymous=True)
-                return self._tried(address, action)
-            raise explain(error, address) from error
+            if type(error).__name__ != "NoCredentialsError" or getattr(self.files, "anon", True):
+                raise explain(error, address) from error
+        # Behind the handler, whose error would be in the chain of the next one, and pass for its cause.
+        info(f"{hide_secrets(address)}: there are no credentials for S3 here; reading without any")
+        self.files = _open(self.scheme, anonymous=True)
+        return self._tried(address, action)
 
 
 @lru_cache
@@ -158,6 +160,8 @@ def _open(scheme: str, *, anonymous: bool) -> Any:
     if scheme == "s3":
         # What breaks is tried again here, with a line that says so.
         options["config_kwargs"] = {"connect_timeout": 20, "read_timeout": 60, "retries": {"max_attempts": 2}}
+    # Its log shows the traceback of what is raised as well, and said in a line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         return fsspec.filesystem(scheme, **options)
     except ImportError as error:

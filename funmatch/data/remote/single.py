@@ -5,7 +5,7 @@ from pathlib import Path
 from funmatch.data.dataset import Track, untracked
 from funmatch.data.remote.fetch import EVERYTHING, check_named, fetch_if_remote
 from funmatch.errors import InputError, hide_secrets
-from funmatch.runtime.addresses import is_address
+from funmatch.runtime.addresses import check_scheme_if_any, is_address
 
 
 def local_file(place: str | None, track: Track = untracked) -> Path | None:
@@ -16,6 +16,7 @@ def local_file(place: str | None, track: Track = untracked) -> Path | None:
     """
     if place is None:
         return None
+    check_scheme_if_any(place)
     path, files = fetch_if_remote(place, track)
     if files or (is_address(place) and Path(path).is_dir()):
         raise InputError(f"{hide_secrets(place)} is not one file; pass the address of a file")

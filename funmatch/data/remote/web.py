@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from funmatch.data.remote import checksums
 from funmatch.data.remote.objects import Changed, RemoteObject, Unreachable, Wanted, place_of
 from funmatch.errors import InputError, first_line, hide_secrets
+from funmatch.runtime.addresses import WEB
 from funmatch.runtime.log import info
 from funmatch.runtime.text import expand_braces
 from funmatch.version import __version__
@@ -252,7 +253,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         shown, target = hide_secrets(self.address), hide_secrets(newurl)
-        if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
+        if new.scheme not in WEB:
+            raise InputError(f"{shown} leads to {target}, which is not on a web server; pass another address")
+        if (old.scheme, new.scheme) == ("https", "http"):
             raise InputError(f"{shown} leads to {target}, which is not encrypted; if you trust it, pass that address")
         if new.hostname != old.hostname:
             # A public server must not make this machine read what only its own network can.

@@ -10,13 +10,12 @@ from typing import Any
 
 from funmatch.data.dataset import NAMED_AT_MOST, read_file
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.text import counted
+from funmatch.runtime.text import counted, decode
 
 TEXTS = (".csv", ".tsv")
 ENDINGS = (*TEXTS, ".parquet")
 DELIMITERS = (",", ";", "\t", "|")
 NAMED = 20  # lines or columns that a message names
-BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 Cell = str | tuple[str, ...]
 """A text, empty where there is nothing; several where a column of parquet holds lists."""
@@ -125,10 +124,8 @@ def _without_mark(cell: str) -> str:
 
 
 def _decode(content: bytes, shown: str) -> str:
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        # Bytes that are not UTF-8 stay as they are: they may be those of a file's name.
-        text = content.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape")
+        text = decode(content)
     except UnicodeDecodeError as error:
         raise InputError(f"{shown} is damaged: {error.reason} at byte {error.start}") from None
     if "\0" in text:

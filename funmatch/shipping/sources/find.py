@@ -1,7 +1,6 @@
 """Finds the images that paths, patterns, lists and data sets name, one after the other, without listing all first."""
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +16,7 @@ from funmatch.data.readers.open import check_spec, is_source, open_dataset, reco
 from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.data.remote.fetch import AS_FOLDER, EVERYTHING, fetch
 from funmatch.errors import InputError, hide_secrets, unknown
-from funmatch.runtime.addresses import check_scheme, is_address
+from funmatch.runtime.addresses import check_scheme_if_any, is_address
 from funmatch.runtime.log import info, track
 from funmatch.shipping.sources.files import MAGIC, ImageFile, match_pattern, one_file, read_list, walk_folder
 
@@ -105,8 +104,7 @@ def names_several(path: str) -> bool:
 
 def check_missing(path: str) -> None:
     """Raises the `InputError` for a path that does not exist."""
-    if re.match(r"\w+://", path):
-        check_scheme(path)
+    check_scheme_if_any(path)
     raise InputError(
         f"no file or folder {path}; for many paths, pass a pattern in quotes ('photos/**/*.jpg'), or a list"
     )
