@@ -51,7 +51,7 @@ NAMES_IN_DIGESTS = {
 """Names as version 0.1.0 wrote them into digests: the same options keep the same digest, so that no data set is listed
 again only because a class or a field was renamed."""
 
-READING = 4
+READING = 5
 """Number of how sources are read: raised where the same files give other images, splits or classes than before, so that
 they are listed again. The cache's own key is that of its content, and does not depend on it."""
 
