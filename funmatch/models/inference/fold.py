@@ -20,6 +20,8 @@ from funmatch.models.classifier import Classifier
 from funmatch.models.inference.tracing import trace
 
 STANDARDIZING = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+CACHED = 1 << 18
+"""Numbers in float64 that a processor keeps near."""
 
 
 @torch.no_grad()
@@ -54,9 +56,6 @@ def to_plain_conv(conv: Any) -> nn.Conv2d:
     """
     is_scaled = isinstance(conv, ScaledStdConv2d | ScaledStdConv2dSame)
     gain = (conv.gain * conv.scale).flatten().double() if is_scaled else None
-    # In float64 and rounded once, so that the folded network is as near to the exact function as the original.
-    weight = conv.weight.double().reshape(1, conv.out_channels, -1)
-    weight = F.batch_norm(weight, None, None, weight=gain, training=True, momentum=0.0, eps=conv.eps)
     kind = Conv2dSame if getattr(conv, "same_pad", False) else nn.Conv2d
     # On the meta device: neither memory nor random numbers for weights that are replaced at once.
     with torch.device("meta"):
@@ -66,10 +65,24 @@ def to_plain_conv(conv: Any) -> nn.Conv2d:
         )  # fmt: skip
     is_channels_last = conv.weight.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    kernel = weight.reshape_as(conv.weight).to(conv.weight.dtype).contiguous(memory_format=layout)
+    kernel = _standardize(conv.weight, gain, conv.eps).contiguous(memory_format=layout)
     plain.weight = nn.Parameter(kernel, requires_grad=False)
     plain.bias = conv.bias
     return plain.train(conv.training)
+
+
+def _standardize(weight: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """Returns a kernel, (out, in, h, w), whose output channels have mean 0 and variance 1, times the gain of each."""
+    rows = weight.reshape(weight.shape[0], -1)
+    found = torch.empty_like(rows)
+    # A few channels at a time, which stay in the processor's cache in float64: three times as fast for large networks.
+    count = max(1, CACHED // rows.shape[1])
+    for part in (slice(start, start + count) for start in range(0, len(rows), count)):
+        of_part = None if gain is None else gain[part]
+        # In float64 and rounded once, so that the folded network is as near to the exact function as the original.
+        exact = rows[part].double().unsqueeze(0)
+        found[part] = F.batch_norm(exact, None, None, weight=of_part, training=True, momentum=0.0, eps=eps)[0]
+    return found.reshape_as(weight)
 
 
 def bit_for_timm(classifier: Classifier) -> Classifier:
