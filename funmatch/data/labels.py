@@ -122,7 +122,7 @@ def file_of(feature: str) -> str:
 def find_classes(
     where: str,
     labels: Sequence[Label],
-    folders: Sequence[Path],
+    files: Sequence[Path],
     label_features: Collection[str],
     features: Collection[str],
     options: ReadOptions,
@@ -132,7 +132,7 @@ def find_classes(
     Args:
         where: names the source in messages.
         labels: of all images.
-        folders: that may hold a file of names.
+        files: that may hold names, the likeliest first; they may be missing.
         label_features: features that labels are read from.
         features: all that the records have.
         options: for reading.
@@ -144,7 +144,7 @@ def find_classes(
         return Classes()
     file, notes = options.class_file and options.class_file.expanduser(), []
     if not file:
-        file, notes = _choose_file(where, class_files(folders, label_features), label_features, features)
+        file, notes = _choose_file(where, files, label_features, features)
     names = sorted({label for label in labels if isinstance(label, str)})
     if not file and names:
         return _by_name(where, names, labels, label_features, notes)

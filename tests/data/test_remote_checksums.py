@@ -142,6 +142,13 @@ def test_class_names_at_an_address(web_files: WebServer, tmp_path, jpegs, funmat
     path = local_file(names)
     assert path
     assert open_dataset(spec, ReadOptions(class_file=path)).classes == ("wren", "heron")
+    # Named for one command, it names the classes of no other shards there.
+    web_files.files["/train.tar"] = (tmp_path / "shards/train.tar").read_bytes()
+    web_files.files["/classes.txt"] = b"wren\nheron\n"
+    addresses.allow(f"{web_files.address}/classes.txt")
+    assert local_file(f"{web_files.address}/classes.txt")
+    addresses.allow(f"wds:{web_files.address}/train.tar")
+    assert open_dataset(f"wds:{web_files.address}/train.tar").classes == ("0", "1")
     web_files.files["/names.txt"] = b"wren\nowl\n"
     ask_again()
     assert json.loads(funmatch(*words).stdout)["classes"] == ["wren", "owl"]

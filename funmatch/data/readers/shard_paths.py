@@ -9,7 +9,7 @@ from typing import Any
 
 from funmatch.data.dataset import Track, untracked
 from funmatch.data.readers.split_names import find_split, says_split
-from funmatch.data.remote.fetch import fetch
+from funmatch.data.remote.fetch import fetch, known_paths
 from funmatch.data.remote.objects import Wanted
 from funmatch.errors import InputError, hide_secrets
 from funmatch.runtime.addresses import is_address
@@ -75,6 +75,18 @@ def _fetch_shards(address: str, endings: str, track: Track) -> list[Path]:
         # The note lists shards of all splits; a pattern may be of one, and the others have no copy here.
         _check_complete([*found.files], noted=found.is_folder)
     return [*found.files]
+
+
+def listed_beside(pattern: str, endings: str, files: Sequence[Path]) -> list[Path]:
+    """Returns which of the files beside shards are theirs: of an address, those that its server listed.
+
+    Args:
+        pattern, endings: of the shards, as in `shard_paths`.
+        files: that may be there.
+    """
+    # A copy of another file, which an option named or which is gone from the bucket, may lie beside those of shards.
+    known = known_paths(pattern, shards_of(endings)) if is_address(pattern) else None
+    return [path for path in files if not known or path in known]
 
 
 def splits_of(paths: Sequence[Path]) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ from funmatch.data.formats.compressed import compression_of, open_shard
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.data.labels import Classes, class_files, find_classes, folders_of
 from funmatch.data.readers.class_notes import class_notes
-from funmatch.data.readers.shard_paths import splits_of, watched_folders
+from funmatch.data.readers.shard_paths import listed_beside, splits_of, watched_folders
 from funmatch.data.readers.split_names import find_split
 from funmatch.data.shard_labels import NO_LABEL, Labels, labels_of, number_labels
 from funmatch.errors import InputError
@@ -94,6 +94,7 @@ class Oddities:
 def open_shards(
     pattern: str,
     paths: list[Path],
+    endings: str,
     list_shard: Callable[[Path, Oddities], list[Record]],
     options: ReadOptions,
     track: Track,
@@ -103,6 +104,7 @@ def open_shards(
     Args:
         pattern: as given, for messages.
         paths: of the shards.
+        endings: regular expression for the names of shards in a folder.
         list_shard: lists one shard, and raises `DamagedRecord` or `OSError` where it cannot.
         options: for labels and class names.
         track: shows progress.
@@ -115,7 +117,8 @@ def open_shards(
             raise InputError(f"{pattern}: the shards of {split} have no images; add some, or remove this split")
     notes = [f"{pattern}: {each}" for each in read_as]
     unlabelled, lacking = _check_unlabelled(pattern, shards, oddities, options)
-    classes = _find_classes(pattern, paths, shards, oddities, options)
+    around = class_files(folders_of(paths), oddities.taken["label"])
+    classes = _find_classes(pattern, listed_beside(pattern, endings, around), shards, oddities, options)
     notes += [*unlabelled, *oddities.notes(pattern), *([] if options.unlabelled else classes.notes)]
     image_names = {
         split: [f"{path}, record {record.number}" for path, record in images] for split, images in shards.items()
@@ -133,7 +136,6 @@ def open_shards(
         return record.header + shard_reader(path)(record.start, record.length)
 
     # Class files that do not exist yet are watched too: adding one changes the class names.
-    around = class_files(folders_of(paths), oddities.taken["label"])
     watched = {*map(str, paths), *map(str, around), *map(str, watched_folders(pattern, paths))}
     watched |= {str(classes.file)} if classes.file else set()
     return Dataset(
@@ -144,14 +146,14 @@ def open_shards(
 
 def _find_classes(
     pattern: str,
-    paths: list[Path],
+    files: list[Path],
     shards: dict[str, list[tuple[Path, Record]]],
     oddities: Oddities,
     options: ReadOptions,
 ) -> Classes:
     labels = [label for images in shards.values() for _, record in images for label in labels_of(record.label)]
     try:
-        return find_classes(pattern, labels, folders_of(paths), oddities.taken["label"], oddities.features, options)
+        return find_classes(pattern, labels, files, oddities.taken["label"], oddities.features, options)
     except InputError:
         # With --unlabelled, labels that cannot be classes do not matter.
         if not options.unlabelled:

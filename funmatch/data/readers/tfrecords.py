@@ -70,7 +70,7 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
             raise DamagedRecord(f"has {len(shard_records)} records, but its name says {int(counted[2])}")
         return shard_records
 
-    return open_shards(pattern, paths, list_shard, options, track)
+    return open_shards(pattern, paths, ENDINGS, list_shard, options, track)
 
 
 def _choose_features(features: Features, options: ReadOptions, oddities: Oddities) -> tuple[str, str]:

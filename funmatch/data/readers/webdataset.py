@@ -26,7 +26,9 @@ def open_tars(pattern: str, options: ReadOptions, track: Track = untracked) -> D
         InputError: lists every damaged shard, and every member with a path that leads outside.
     """
     paths = shard_paths(pattern, ENDINGS, track)
-    return open_shards(pattern, paths, lambda path, oddities: _list_tar(path, options, oddities), options, track)
+    return open_shards(
+        pattern, paths, ENDINGS, lambda path, oddities: _list_tar(path, options, oddities), options, track
+    )
 
 
 def _list_tar(path: Path, options: ReadOptions, oddities: Oddities) -> list[Record]:

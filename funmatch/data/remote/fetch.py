@@ -119,6 +119,11 @@ def known_files(address: str, wanted: Wanted) -> tuple[str, ...]:
     return tuple(listing.files) if listing else ()
 
 
+def known_paths(address: str, wanted: Wanted) -> set[Path]:
+    """Returns the copies of the files that an address named when it was last looked up, with those read besides."""
+    return set(map(Tree(address).path, known_files(address, wanted)))
+
+
 def _fetched(address: str, tree: Tree, wanted: Wanted, listing: Listing) -> Fetched:
     places = [place for place in listing.files if not wanted.is_beside(place.rpartition("/")[2])]
     files, names = tuple(map(tree.path, places)), tuple(f"{tree.scheme}://{place}" for place in places)
