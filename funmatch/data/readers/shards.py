@@ -111,15 +111,10 @@ def open_shards(
     """
     oddities = Oddities()
     of_paths, read_as = splits_of(paths)
-    shards = _list_shards(paths, of_paths, list_shard, oddities, track)
-    for split, images in shards.items():
-        if not images:
-            raise InputError(f"{pattern}: the shards of {split} have no images; add some, or remove this split")
-    notes = [f"{pattern}: {each}" for each in read_as]
+    shards = _list_shards(pattern, paths, of_paths, list_shard, oddities, track)
     unlabelled, lacking = _check_unlabelled(pattern, shards, oddities, options)
-    around = class_files(folders_of(paths), oddities.taken["label"])
-    classes = _find_classes(pattern, listed_beside(pattern, endings, around), shards, oddities, options)
-    notes += [*unlabelled, *oddities.notes(pattern), *([] if options.unlabelled else classes.notes)]
+    around = listed_beside(pattern, endings, class_files(folders_of(paths), oddities.taken["label"]))
+    classes = _find_classes(pattern, around, shards, oddities, options)
     image_names = {
         split: [f"{path}, record {record.number}" for path, record in images] for split, images in shards.items()
     }
@@ -128,7 +123,9 @@ def open_shards(
     splits = {split: SplitListing(image_names[split], numbers[split]) for split in shards}
     # With --unlabelled, labels may have been too odd to use.
     names = classes.names if any(split.labelled for split in splits.values()) else ()
-    notes += _class_notes(pattern, names, splits) if sets is None and not options.unlabelled else []
+    notes = [*(f"{pattern}: {each}" for each in read_as), *unlabelled, *oddities.notes(pattern)]
+    if not options.unlabelled:
+        notes += [*classes.notes, *(_class_notes(pattern, names, splits) if sets is None else [])]
     shard_reader = _shard_reader()
 
     def read(split: str, index: int) -> bytes:
@@ -136,8 +133,8 @@ def open_shards(
         return record.header + shard_reader(path)(record.start, record.length)
 
     # Class files that do not exist yet are watched too: adding one changes the class names.
-    watched = {*map(str, paths), *map(str, around), *map(str, watched_folders(pattern, paths))}
-    watched |= {str(classes.file)} if classes.file else set()
+    named = [classes.file] if classes.file else []
+    watched = {*map(str, (*paths, *around, *named, *watched_folders(pattern, paths)))}
     return Dataset(
         _name(paths, pattern), names, sort_splits(splits), read, sorted(watched), location=pattern, lacking=lacking,
         unnamed=bool(names) and classes.unnamed, notes=tuple(notes), label_sets=sets if names else None,
@@ -169,6 +166,7 @@ def _class_notes(pattern: str, names: tuple[str, ...], splits: dict[str, SplitLi
 
 
 def _list_shards(
+    pattern: str,
     paths: list[Path],
     splits: list[str],
     list_shard: Callable[[Path, Oddities], list[Record]],
@@ -191,6 +189,9 @@ def _list_shards(
     shards: dict[str, list[tuple[Path, Record]]] = {}
     for path, split, found in zip(paths, splits, listed, strict=True):
         shards.setdefault(split, []).extend((path, record) for record in found if not isinstance(record, str))
+    for split, images in shards.items():
+        if not images:
+            raise InputError(f"{pattern}: the shards of {split} have no images; add some, or remove this split")
     return shards
 
 
