@@ -21,7 +21,7 @@ PLATFORMS = {
     "Linux arm64": ("linux", "aarch64"),
     "macOS arm64": ("darwin", "arm64"),
 }
-TOOL = re.compile(r'(?m)^(    "([\w-]+))==[^"]+",')
+TOOL = re.compile(r'(?m)^(    "([\w-]+)(?:\[[\w,]+\])?)==[^"]+",')
 HEADER = f"""\
 # What `make demo` and `make test` install, to the version, with Python {", ".join(PYTHONS)}
 # on {", ".join(PLATFORMS)}. Written by `make pins`.

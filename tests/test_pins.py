@@ -31,7 +31,7 @@ def test_tools_are_pinned_exactly_and_equally():
     tools = [Requirement(each) for each in EXTRAS["test"] if not each.startswith("funmatch[")]
     assert {tool.name for tool in tools} == {
         "pytest", "pytest-xdist", "hypothesis", "ruff", "pyrefly", "jupytext", "nbclient",
-        "torchmetrics", "netcal", "scikit-learn",
+        "torchmetrics", "netcal", "scikit-learn", "moto", "flask", "flask-cors",
     }  # fmt: skip
     for tool in tools:
         assert re.fullmatch(r"==[\d.]+", str(tool.specifier)), tool

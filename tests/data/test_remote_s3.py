@@ -1,4 +1,4 @@
-"""Images in buckets of S3, through s3fs and the server of moto on this machine (`pip install "moto[server]"`)."""
+"""Images in buckets of S3, through s3fs and the server of moto on this machine (`moto[s3]`, flask and flask-cors)."""
 
 import os
 import urllib.request
@@ -15,8 +15,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("default"),  # the libraries' own
 ]
-for library in ("s3fs", "boto3", "moto.server"):
-    pytest.importorskip(library)
 
 
 @pytest.fixture(name="s3")
