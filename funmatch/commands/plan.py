@@ -23,7 +23,7 @@ from funmatch.reports import run_page  # noqa: F401  (a run draws a page at its 
 from funmatch.reports.plan import picture
 from funmatch.reports.result import Result
 from funmatch.runtime import devices, env, transfers
-from funmatch.runtime.disk.files import scratch_folder
+from funmatch.runtime.disk.partials import scratch_folder
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, format_bytes, percent
 from funmatch.training import profiling

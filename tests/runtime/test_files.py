@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 
-from funmatch.runtime.disk.files import ABANDONED_SECONDS, PARTIAL, open_atomically, scratch_folder, write_atomically
+from funmatch.runtime.disk.files import open_atomically, write_atomically
+from funmatch.runtime.disk.partials import ABANDONED_SECONDS, PARTIAL, scratch_folder
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(tmp_path):
@@ -36,7 +37,7 @@ def test_what_another_writes_at_the_same_time_is_left_alone(tmp_path):
 
 def test_scratch_folders_of_others_are_left_alone_while_they_work(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from funmatch.runtime.disk.files import scratch_folder\n"
+        "import os, sys; from pathlib import Path; from funmatch.runtime.disk.partials import scratch_folder\n"
         "with scratch_folder(Path(sys.argv[1]), 'work') as folder: (folder / 'a').write_text(''); os._exit(9)"
     )
     (tmp_path / "mine.partial").mkdir()

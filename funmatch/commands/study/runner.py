@@ -23,8 +23,9 @@ from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
 from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime import devices, functions, signals
-from funmatch.runtime.disk.files import remove, remove_partials, write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.disk.json_files import Damaged
+from funmatch.runtime.disk.partials import remove, remove_partials
 from funmatch.runtime.disk.records import RecordFolder, list_differences
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import duration, percent

@@ -19,9 +19,10 @@ from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import decode
 from funmatch.data.limits import ALONE, OutOfMemory
 from funmatch.errors import InputError
-from funmatch.runtime.disk.files import array_bytes, disk_errors, remove_partials, write_atomically
+from funmatch.runtime.disk.files import array_bytes, disk_errors, write_atomically
 from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.disk.locks import file_lock
+from funmatch.runtime.disk.partials import remove_partials
 from funmatch.runtime.text import counted
 
 FREE_BYTES = 256 << 20  # left free on the disk beside a cache

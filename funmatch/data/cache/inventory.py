@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from funmatch.data.cache.ledger import folder_of, read_entry, read_paths
-from funmatch.runtime.disk.files import remove
+from funmatch.runtime.disk.partials import remove
 
 SAMPLE = 20
 """Watched files of a data set that are looked for: if none of them is there, the data set is gone."""

@@ -20,6 +20,7 @@ from funmatch.data.decode import decode
 from funmatch.data.jpeg import Box
 from funmatch.data.limits import MAX_PIXELS, Limits
 from funmatch.errors import InputError
+from funmatch.runtime.disk.files import close_with
 
 INDEX = np.dtype(
     [("offset", "<i8"), ("length", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4"), ("crc", "<u4")]
@@ -70,6 +71,7 @@ class Resident:
         """
         self.path = path
         self.file = os.open(path, os.O_RDONLY)
+        close_with(self, self.file)
         # Copy on write only because torch warns about read-only memory; nothing writes to it.
         self.map = mmap.mmap(self.file, 0, access=mmap.ACCESS_COPY)
         self.pixels = torch.frombuffer(self.map, dtype=torch.uint8)
@@ -78,11 +80,6 @@ class Resident:
         self.offsets = np.array(index["offset"])
         self.verified = np.zeros(len(index), bool)
         self.all_verified = False
-
-    def __del__(self) -> None:
-        # There is no handle if opening failed.
-        if (file := getattr(self, "file", None)) is not None:
-            os.close(file)
 
     def verify(self, rows: np.ndarray) -> None:
         # Each time: touching pages beyond the end of a file that was cut kills the process without a word. A cut
@@ -142,12 +139,9 @@ class Streaming:
 
     def __post_init__(self) -> None:
         # A bare handle and pread: threads share it without a lock, since no position is kept.
-        object.__setattr__(self, "file", os.open(self.path, os.O_RDONLY))
-
-    def __del__(self) -> None:
-        # There is no handle if opening failed.
-        if (file := getattr(self, "file", None)) is not None:
-            os.close(file)
+        file = os.open(self.path, os.O_RDONLY)
+        close_with(self, file)
+        object.__setattr__(self, "file", file)
 
     def verify(self, rows: np.ndarray) -> None:
         """Does nothing: each image is verified when it is decoded."""

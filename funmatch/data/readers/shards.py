@@ -27,7 +27,7 @@ from funmatch.data.readers.shard_paths import listed_beside, splits_of, watched_
 from funmatch.data.readers.split_names import find_split
 from funmatch.data.shard_labels import NO_LABEL, Labels, labels_of, number_labels
 from funmatch.errors import InputError
-from funmatch.runtime.disk.files import disk_errors
+from funmatch.runtime.disk.files import close_with, disk_errors
 
 MAX_UNPACKED = 64  # compressed shards that are unpacked at a time; each takes a file handle
 
@@ -270,11 +270,7 @@ class UnpackedShard:
             plain.flush()
             # A second handle keeps the content when `with` closes the first; an unnamed file ends with its handles.
             self.file = os.dup(plain.fileno())
-
-    def __del__(self) -> None:
-        # `__init__` may have failed at a full disk.
-        if hasattr(self, "file"):
-            os.close(self.file)
+            close_with(self, self.file)
 
 
 def _name(paths: Sequence[Path], pattern: str) -> str:

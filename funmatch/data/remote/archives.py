@@ -11,8 +11,9 @@ from typing import IO, Any
 from funmatch.data.formats.compressed import MAX_EXPANSION, largest_content
 from funmatch.data.remote.objects import place_of
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.disk.files import disk_errors, remove
+from funmatch.runtime.disk.files import disk_errors
 from funmatch.runtime.disk.locks import file_lock
+from funmatch.runtime.disk.partials import remove
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 BLOCK = 1 << 20

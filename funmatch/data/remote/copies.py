@@ -20,8 +20,9 @@ from funmatch.data.remote.objects import RemoteObject, Wanted
 from funmatch.errors import hide_secrets
 from funmatch.runtime.addresses import scheme_of
 from funmatch.runtime.disk.checksums import crc_of_file
-from funmatch.runtime.disk.files import cache_home, remove, write_atomically
+from funmatch.runtime.disk.files import cache_home, write_atomically
 from funmatch.runtime.disk.json_files import Damaged, parse_json, read_record, seal, unseal
+from funmatch.runtime.disk.partials import remove
 
 FOLDER = "remote"
 """Of all copies, in the cache."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from threading import Lock
 
 from funmatch.errors import first_line
-from funmatch.runtime.disk.files import cache_home, scratch_folder, user_cache, write_atomically
+from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
+from funmatch.runtime.disk.partials import scratch_folder
 from funmatch.runtime.measured import Measurement
 
 NAMES = ("norms.cpp", "batch_norms.cpp", "depthwise.cpp", "rows.cpp", "views.cpp", "jpeg.cpp")

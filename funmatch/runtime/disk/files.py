@@ -1,13 +1,11 @@
 """Writes files and folders that are complete or absent."""
 
-import fcntl
 import io
 import os
 import re
-import shutil
 import tempfile
-import time
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -16,12 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from funmatch.errors import InputError
-from funmatch.runtime.disk.locks import is_at
-
-PARTIAL = ".partial"
-"""Suffix of files and folders being written; a process that is killed leaves them behind."""
-ABANDONED_SECONDS = 86_400.0
-"""Time since a half-written file changed, on a drive without locks, after which nobody is taken to be writing it."""
+from funmatch.runtime.disk.partials import PARTIAL, beside, create_partial, remove, remove_abandoned
 
 
 def user_cache() -> Path:
@@ -65,8 +58,8 @@ def open_atomically(path: Path) -> Generator[IO[bytes]]:
     # A name of its own each time, so that two processes that write the same file do not share a partial one. Cut, since
     # the longest names that a system allows have no room for more.
     prefix = f".{path.name[:48]}."
-    _remove_abandoned(path.parent, prefix)
-    handle, partial = _create_partial(prefix, lambda prefix: tempfile.mkstemp(PARTIAL, prefix, path.parent))
+    remove_abandoned(path.parent, prefix)
+    handle, partial = create_partial(prefix, lambda prefix: tempfile.mkstemp(PARTIAL, prefix, path.parent))
     try:
         with disk_errors(path), open(handle, "w+b") as file:
             os.fchmod(handle, 0o644)  # mkstemp makes files that only their owner can read
@@ -77,81 +70,6 @@ def open_atomically(path: Path) -> Generator[IO[bytes]]:
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def scratch_folder(parent: Path, name: str) -> Generator[Path]:
-    """Yields an empty folder for what is needed in between, and removes it; first those that killed processes left.
-
-    Args:
-        parent: where it is.
-        name: what it is for.
-    """
-
-    def make(prefix: str) -> tuple[int, str]:
-        path = tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=parent)
-        return os.open(path, os.O_RDONLY), path
-
-    prefix = f".{name}."
-    _remove_abandoned(parent, prefix, folders=True)
-    handle, folder = _create_partial(prefix, make)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # what it cannot remove is cleared next time
-        os.close(handle)
-
-
-def _create_partial(prefix: str, make: Callable[[str], tuple[int, str]]) -> tuple[int, Path]:
-    """Creates a file or folder under a temporary name, locked as long as it is open.
-
-    Args:
-        prefix: with which its name begins.
-        make: creates it, and returns its handle and its path.
-    """
-    while True:
-        try:
-            handle, name = make(prefix)
-        except FileNotFoundError:  # another process has taken the folder for abandoned before it was opened
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass  # another process has taken it for abandoned before it was locked
-        except OSError:
-            return handle, Path(name)  # some mounted drives have no locks
-        if is_at(handle, Path(name)):
-            return handle, Path(name)
-        os.close(handle)
-
-
-def _remove_abandoned(parent: Path, prefix: str, *, folders: bool = False) -> None:
-    """Removes files or folders that killed processes left half-written: those that no process is writing."""
-    with suppress(OSError):
-        for entry in os.scandir(parent):
-            kind = entry.is_dir if folders else entry.is_file
-            if not (entry.name.startswith(prefix) and entry.name.endswith(PARTIAL) and kind(follow_symlinks=False)):
-                continue
-            with suppress(OSError):
-                handle = os.open(entry.path, os.O_RDONLY)
-                try:
-                    if _is_abandoned(handle):
-                        remove(Path(entry.path))
-                finally:
-                    os.close(handle)
-
-
-def _is_abandoned(handle: int) -> bool:
-    """Returns whether no process is writing a half-written file or folder any more."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # On a drive without locks only its age tells. A file that is wrongly removed would end a run; one that stays
-        # takes room for a day.
-        return time.time() - os.fstat(handle).st_mtime > ABANDONED_SECONDS
-    return True
 
 
 def array_bytes(array: np.ndarray) -> memoryview:
@@ -198,37 +116,6 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def remove(path: Path) -> None:
-    """Removes a file, a link, or a folder with its contents; does nothing if the path does not exist."""
-    # A link to a folder is removed itself; `rmtree` refuses links, and what they point to is not ours.
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    if not path.name.endswith(PARTIAL):
-        # Renamed first: what a kill leaves of the folder must not pass for all of it, and is cleared by its name.
-        half = path.with_name(f".{path.name}.old{PARTIAL}")
-        remove(half)
-        path = path.rename(half)
-    shutil.rmtree(path)
-
-
-def remove_partials(folder: Path) -> None:
-    """Removes the files and folders that killed processes left half-written in a folder."""
-    for partial in folder.glob(f".*{PARTIAL}"):
-        remove(partial)
-
-
-def remove_beside(folder: Path) -> None:
-    """Removes what killed processes left of a folder that is complete: half of it, and what it has replaced."""
-    for partial in _beside(folder):
-        remove(partial)
-
-
-def _beside(folder: Path) -> list[Path]:
-    """Returns the names of a folder that is being written, and of the one that it replaces."""
-    return [folder.with_name(f".{folder.name}{end}{PARTIAL}") for end in ("", ".old")]
-
-
 @contextmanager
 def write_folder_atomically(folder: Path) -> Generator[Path]:
     """Yields an empty folder to fill, and renames it to `folder` when the block succeeds.
@@ -239,7 +126,7 @@ def write_folder_atomically(folder: Path) -> Generator[Path]:
         folder: the final name, whose parents are created. A link is followed: the folder it points to is replaced.
     """
     folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
-    partial, old = _beside(folder)
+    partial, old = beside(folder)
     remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -278,6 +165,12 @@ def disk_errors(path: Path) -> Generator[None]:
         if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def close_with(owner: object, handle: int) -> None:
+    """Closes an open file when an object is gone; at the end of the process the system does."""
+    # Not `__del__`, which at the end of the process may find the modules gone that it needs.
+    weakref.finalize(owner, os.close, handle).atexit = False
 
 
 def read_lines(path: Path, what: str) -> list[str]:

@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.errors import InputError
-from funmatch.runtime.disk.files import (
-    PARTIAL,
-    remove,
-    remove_partials,
-    write_atomically,
-)
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.disk.json_files import (
     FORMAT,
     RUN_RECORD,
@@ -29,6 +24,7 @@ from funmatch.runtime.disk.json_files import (
     seal,
 )
 from funmatch.runtime.disk.locks import FileLock, describe_owner, file_lock, lock_owner, try_lock_file
+from funmatch.runtime.disk.partials import PARTIAL, remove, remove_partials
 
 
 def is_run(folder: Path) -> bool:

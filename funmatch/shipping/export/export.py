@@ -13,7 +13,8 @@ import torch
 
 from funmatch.config import Export
 from funmatch.errors import InputError
-from funmatch.runtime.disk.files import remove_beside, write_folder_atomically
+from funmatch.runtime.disk.files import write_folder_atomically
+from funmatch.runtime.disk.partials import remove_beside
 from funmatch.runtime.log import info, track
 from funmatch.shipping.export import record, sidecars
 from funmatch.shipping.export.formats import FORMATS, Job, make_job

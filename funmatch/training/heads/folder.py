@@ -8,8 +8,9 @@ from typing import Any
 from funmatch.config import Head
 from funmatch.config.metadata import OnResume
 from funmatch.runtime.disk.checksums import verify_folder
-from funmatch.runtime.disk.files import PARTIAL, remove, sync_folder, write_atomically
+from funmatch.runtime.disk.files import sync_folder, write_atomically
 from funmatch.runtime.disk.json_files import RUN_SHAPE, Damaged, read_record, seal
+from funmatch.runtime.disk.partials import PARTIAL, remove
 from funmatch.runtime.disk.records import RecordFolder, list_differences
 from funmatch.runtime.log import info
 from funmatch.training.run.compare import recorded

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from funmatch.errors import InputError, first_line, is_out_of_memory
 from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
 from funmatch.runtime.disk.checksums import verify_folder
-from funmatch.runtime.disk.files import remove, remove_partials, write_folder_atomically
+from funmatch.runtime.disk.files import write_folder_atomically
 from funmatch.runtime.disk.json_files import Damaged, read_record
+from funmatch.runtime.disk.partials import remove, remove_partials
 from funmatch.runtime.log import info
 from funmatch.training.loop import all_finite
 from funmatch.training.run.places import BEST, STABLE, STEP, list_places, name_of, step_of

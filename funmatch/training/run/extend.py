@@ -16,7 +16,8 @@ from typing import Any
 from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
-from funmatch.runtime.disk.files import remove, write_folder_atomically
+from funmatch.runtime.disk.files import write_folder_atomically
+from funmatch.runtime.disk.partials import remove
 from funmatch.runtime.log import info
 from funmatch.training.run import checkpoint, compare
 from funmatch.training.run import folder as run_folder

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.runtime import env
-from funmatch.runtime.disk.files import remove_partials, write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.disk.json_files import Damaged, read_record, seal
+from funmatch.runtime.disk.partials import remove_partials
 from funmatch.runtime.disk.records import RUN_RECORD, RUN_SHAPE, RecordFolder
 from funmatch.runtime.log import info
 from funmatch.training.run import compare
