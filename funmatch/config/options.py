@@ -160,7 +160,8 @@ class Options(BaseModel):
         # An option whose default is empty, such as the pattern of a list, may be given so.
         if "" in _each(value) and default != "":
             return [f"{name} is empty"]
-        problem = type(self).opt(name).problem(name, value)
+        opt = type(self).opt(name)
+        problem = opt.problem(opt.flag or name, value)
         return [problem] if problem else []
 
     def problems(self) -> list[str]:

@@ -78,7 +78,7 @@ def parse_label(text: bytes, where: str) -> Label:
         return _parse_name(text, where)
     # Beyond this, numbers of classes overflow the arrays that hold them.
     if abs(label) >= 1 << 62:
-        raise DamagedRecord(f"{where} is {text[:40]!r}, too large for the number of a class")
+        raise DamagedRecord(f"{where} is {_quoted(text[:40])}, too large for the number of a class")
     return label
 
 
@@ -86,8 +86,15 @@ def _parse_name(text: bytes, where: str) -> str:
     # Bytes that no name has: an image, or a table.
     if not text or len(text) > LONGEST or re.search(rb"[\x00-\x1f\x7f]|^[+-]?\d*\.\d+$", text):
         long = f", … ({len(text):,} bytes)" if len(text) > LONGEST else ""
-        raise DamagedRecord(f"{where} is {text[:40]!r}{long}; expected a number, or the name of a class")
+        raise DamagedRecord(f"{where} is {_quoted(text[:40])}{long}; expected a number, or the name of a class")
     return text.decode(errors="surrogateescape")
+
+
+def _quoted(text: bytes) -> str:
+    try:
+        return repr(text.decode())
+    except UnicodeDecodeError:
+        return repr(text)
 
 
 def whole_number(value: float, where: str) -> int:

@@ -74,7 +74,7 @@ def offline_message(architecture: str, error: Exception) -> str:
     scratch = f"; a student can also start from random weights, as {name}" if tag and ":" not in name else ""
     return (
         f"cannot download the weights of {architecture}: {reason}; without a network, pass a file of weights "
-        f"(--teacher-weights, --student-weights; finetune, evaluate and import: --weights){scratch}"
+        f"(--teacher-weights, --student-weights; other commands: --weights){scratch}"
     )
 
 

@@ -130,7 +130,7 @@ def test_whole_floats_are_numbers_of_classes(tmp_path, jpegs):
         ({"class": float("nan")}, "feature 'class' is nan, not a whole number"),
         ({"class": [0.0, 1.0, 0.0]}, r"feature 'class' has 3 values; expected one label \(of one-hot"),
         ({"class": [0, 1]}, "feature 'class' has 2 values; expected one label"),
-        ({"class": b"0.5"}, r"feature 'class' is b'0.5'; expected a number, or the name"),
+        ({"class": b"0.5"}, r"feature 'class' is '0\.5'; expected a number, or the name"),
         ({"class": b"\xff\xd8\x00"}, "expected a number, or the name of a class"),
         ({"class": b"a caption " * 30}, r"'a caption .*', … \(299 bytes\); expected a number, or the name"),
         ({"image": [b"x", b"y"], "class": 0}, "feature 'image' holds 2 images; write a record for each"),

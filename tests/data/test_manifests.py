@@ -191,7 +191,7 @@ REFUSED = {
     "several": (ONE + "dog.png,a; b\n", {}, r"line 3: the column 'label' has 2 labels, a, b .*--task multilabel"),
     "no label": (ONE + "dog.png,\n", {}, r"line 3: there is no label, though other rows of train .*1 such row"),
     "mixed": (ONE + "dog.png,3\n", {}, r"some labels are names, e\.g\. 'x', and 1 are numbers"),
-    "no class": (ONE + "dog.png,0.5\n", {}, r"1 label of \S+ cannot be used:\n  line 3: the column 'label' is b'0\.5'"),
+    "no class": (ONE + "dog.png,0.5\n", {}, r"1 label of \S+ cannot be used:\n  line 3: the column 'label' is '0\.5'"),
     "outside": (ONE, {"class_file": "xx\nyy\n"}, r"outside the 2 names in \S+:\n  line 2: 'x' \(did you mean 'xx'\?"),
     "binary": ("path\0\n", {}, r"zero bytes"),
     "one-hot": ("path,a,b\ncat.png,1,0\ndog.png,1,2\n", {"label_feature": "a;b"}, r"line 3: the column 'b'.*has '2'"),

@@ -140,7 +140,7 @@ def test_networks_of_transformers_are_saved_with_the_head(family, headless, tmp_
         path = transformer_families.write_net(net, processor, tmp_path / "headless")
     classifier, views, expected = attached(load(str(path)))
     check_saved(classifier, views, expected, tmp_path / "model")
-    with pytest.raises(InputError, match="cannot be built again without its last layer"):
+    with pytest.raises(InputError, match="is built neither by timm nor by a function, so no head"):
         attached(load(str(path)), cosines)
 
 

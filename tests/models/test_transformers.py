@@ -147,6 +147,13 @@ def test_a_student_is_read_by_transformers_and_by_us(tmp_path, images):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_a_student_of_features_is_refused(name, tmp_path, images):
+    options = options_for(write(name, tmp_path / "net"), images) | {"steps": 2, "match": ["features"]}
+    with pytest.raises(InputError, match=r"net is not a timm network.* leave out match features"):
+        funmatch.distill(teacher="fashion-mini-teacher", out=tmp_path / "run", **options)
+
+
 class PowerLoss(Exception):
     """Stands for a power loss."""
 

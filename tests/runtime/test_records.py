@@ -30,6 +30,13 @@ def record_folder(path: Path, **more: Any) -> RecordFolder:
     return RecordFolder(path, "job.json", "job", {"options": dict}, **more)
 
 
+def test_of_values_with_entries_those_that_differ_are_named():
+    then, now = ({"options": {"answers": {"classes": each, "grid": [1, 1]}}} for each in (0, 3))
+    assert differences(then, now) == ["answers.classes: 0 in the job, 3 now"]
+    assert differences(then, then) == []
+    assert differences(then, {"options": {}}) == ["answers: {'classes': 0, 'grid': [1, 1]} in the job, not set now"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformer_families
 from make_images import FEW, paint
 from safetensors.torch import save_file
 
@@ -266,11 +267,20 @@ def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path, images, m
     assert not [*(tmp_path / "cache").rglob("features.npy")]
 
 
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("options", [{"kind": "knn"}, {"kind": "means"}])
+def test_a_head_that_cannot_be_put_behind_a_network_is_refused_before_its_features(options, tmp_path, counted):
+    network = transformer_families.write("vit", tmp_path / "network")
+    with pytest.raises(InputError, match=r"built neither by timm nor by a function.*--kind means --distance euclidean"):
+        head(tmp_path / "head", model=str(network), C=(), **options)
+    assert not counted
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kind": "forest"}, "kind: wanted one of linear, knn, means, got 'forest'"),
-        ({"C": [0.0]}, "strengths must be above 0"),
+        ({"C": [0.0]}, "^C must be above 0"),
         ({"neighbours": [3]}, "--neighbours belong to --kind knn, not linear"),
     ],
 )

@@ -91,6 +91,11 @@ class Head(Images, FinishedModel):
         return dict.fromkeys(TRIED.get(self.kind, ()), self.tried)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether logits are linear in the features, so that the head can take the place of a network's last layer."""
+        return self.kind == "linear" or (self.kind == "means" and self.distance == "euclidean")
+
+    @property
     def tried(self) -> tuple[float, ...]:
         """The values among which the validation images choose; empty where the kind has no option for them."""
         usual = {"linear": self.strengths or STRENGTHS, "knn": self.neighbours or NEIGHBOURS}

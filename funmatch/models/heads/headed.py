@@ -94,12 +94,7 @@ def put_behind(classifier: Classifier, head: AnyHead, names: tuple[str, ...] | N
     expected = own(Features(classifier)(views))
     # As they are built again: with the eps of timm.
     bit.rescale_for_timm(net)
-    architecture, last = classifier.function or timm_config(net).get("architecture"), None
-    if architecture is None:
-        raise InputError(
-            f"{classifier.card.name} cannot be built again without its last layer; fit a head of --kind linear, or of "
-            "means with --distance euclidean"
-        )
+    architecture, last = architecture_behind(classifier), None
     if classifier.function:
         last = find_last_linear(classifier, views)
         net = _without(net, last)
@@ -118,6 +113,21 @@ def put_behind(classifier: Classifier, head: AnyHead, names: tuple[str, ...] | N
         raise InputError(
             f"{classifier.card.name} has no last layer that can be left out, so no head can be put in its place"
         )
+
+
+def architecture_behind(classifier: Classifier) -> str:
+    """Returns the name by which the network in front of a head of ours is built again.
+
+    Raises:
+        InputError: it has none, as networks of transformers.
+    """
+    name = classifier.function or timm_config(classifier.net).get("architecture")
+    if name is None:
+        raise InputError(
+            f"{classifier.card.name} is built neither by timm nor by a function, so no head can be put behind it; one "
+            "takes the place of its last layer with --kind linear, or --kind means --distance euclidean"
+        )
+    return name
 
 
 def _as_module(head: AnyHead) -> OwnHead:

@@ -114,13 +114,13 @@ class TransformersNet(nn.Module):
         )
 
     def reset_classifier(self, classes: int) -> None:
-        """Gives the network new layers for another number of classes.
+        """Gives the network new layers for another number of classes; with 0, outputs are what these layers would get.
 
         Raises:
             InputError: its head is not linear layers.
         """
         if self.pooled is not None:
-            self.head = self._linear(self._width(), classes)
+            self.head = self._linear(self._width(), classes) if classes else None
         else:
             layers = self.get_classifier()
             names = [name for name, module in self.named_modules() if module in layers]
@@ -131,7 +131,8 @@ class TransformersNet(nn.Module):
                 )
             for name in names:
                 old: Any = self.get_submodule(name)
-                self.set_submodule(name, self._linear(old.in_features, classes, bias=old.bias is not None))
+                new = self._linear(old.in_features, classes, bias=old.bias is not None) if classes else nn.Identity()
+                self.set_submodule(name, new)
         self.num_classes = self.model.config.num_labels = classes
         if hasattr(self.model, "num_labels"):
             self.model.num_labels = classes

@@ -46,12 +46,15 @@ def list_differences(
         where: place of the earlier values, for the message: "in the run".
         names: names for messages of values whose keys say too little.
     """
-    return [
-        f"{(names or {}).get(name, name)}: {_shown(then.get(name))} {where}, {_shown(now.get(name))} now"
+    found = []
+    for name in sorted(then.keys() | now.keys()):
         # A missing value counts as None: a record from before an option agrees with a command that leaves it out.
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
+        before, after, shown = then.get(name), now.get(name), (names or {}).get(name, name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += [f"{shown}.{line}" for line in list_differences(before, after, where)]
+        elif before != after:
+            found.append(f"{shown}: {_shown(before)} {where}, {_shown(after)} now")
+    return found
 
 
 def _shown(value: Any) -> str:

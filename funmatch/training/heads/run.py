@@ -14,7 +14,7 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.readers.class_notes import first_of
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier, timm_config
-from funmatch.models.heads.headed import HEADED, attach, put_behind
+from funmatch.models.heads.headed import HEADED, architecture_behind, attach, put_behind
 from funmatch.models.inference.outputs import is_close
 from funmatch.models.load import load
 from funmatch.models.names import GIVEN, LOCAL
@@ -59,6 +59,9 @@ def run(config: Head, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     record.check_place()
     cache, config = open_labelled(config)
     trained = open_described_model(config, config.model, given)
+    if not config.is_linear:
+        # Before the features of all images are computed for nothing.
+        architecture_behind(trained.classifier)
     precision = devices.resolve_precision(config.precision, device)
     view = scoring.eval_view_of(trained.preprocessing, config.batch, device, precision)
     backbone = FrozenBackbone(trained, view)
