@@ -328,7 +328,7 @@ def test_webdataset_shards_are_read(tmp_path, jpegs):
         ({"../out.jpg": b"x"}, r"'../out.jpg' is a link or leads outside"),
         ({"/etc/out.jpg": b"x"}, "leads outside"),
         ({"a.jpg": "/etc/passwd"}, "is a link"),
-        ({"a.jpg": b"x", "a.cls": b"0.5"}, r"a\.cls is b'0.5'; expected a number"),
+        ({"a.jpg": b"x", "a.cls": b"0.5"}, r"a\.cls is '0.5'; expected a number"),
         ({"a.jpg": b"x", "a.json": b"[]"}, 'a.json is not a JSON object with "label"'),
         ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"y"}, "b.jpg: there is no label"),
         ({"a.txt": b"x"}, "sample 'a' has no image, but: txt"),

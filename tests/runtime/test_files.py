@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from funmatch.runtime.disk.files import open_atomically, write_atomically
-from funmatch.runtime.disk.partials import ABANDONED_SECONDS, PARTIAL, scratch_folder
+from funmatch.runtime.disk.partials import ABANDONED_SECONDS, PARTIAL, remove_abandoned, scratch_folder
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(tmp_path):
@@ -33,6 +34,18 @@ def test_what_another_writes_at_the_same_time_is_left_alone(tmp_path):
         assert (tmp_path / "a").read_bytes() == b"two"
     assert (tmp_path / "a").read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_is_nobodys_to_clear_until_it_has_its_name(tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def replace_later(self, target):
+        remove_abandoned(tmp_path, ".a.")  # as another that writes the same file does first of all
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_later)
+    write_atomically(tmp_path / "a", "whole")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "whole"}
 
 
 def test_scratch_folders_of_others_are_left_alone_while_they_work(tmp_path):

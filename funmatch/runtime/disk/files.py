@@ -66,7 +66,8 @@ def open_atomically(path: Path) -> Generator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power loss leaves an empty file under the right name
-        partial.replace(path)
+            # While it is open, and so locked: else another that writes the same file could clear it as abandoned.
+            partial.replace(path)
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
