@@ -63,6 +63,7 @@ def test_estimated_size_on_disk_matches_the_run(tmp_path):
     assert 0.9 * used < planned < 1.3 * used
 
 
+@pytest.mark.slow
 def test_plan_command_prints_json_and_a_table(tmp_path, funmatch):
     argv = ["plan", "distill", "--data", FEW, "--teacher", "fashion-mini-teacher", "--student"]
     argv += ["fashion-mini-student", "--steps", "30", "--batch", "16", "--out", str(tmp_path / "run")]

@@ -252,6 +252,7 @@ def test_search_stopped_at_any_run_gives_the_same_result(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "stopped" / "trials").iterdir()} == {"0000", "0001"}
 
 
+@pytest.mark.slow
 def test_trial_held_by_another_worker_is_not_taken(tmp_path, monkeypatch, capsys):
     search_spec = search.read_spec(
         SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=2, out=tmp_path / "study")

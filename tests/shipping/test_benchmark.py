@@ -152,6 +152,7 @@ def test_spread_is_percent_or_a_share(text, share):
     assert Benchmark.checked(models=["a"], spread=text).largest_spread == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_command_line_refuses_what_cannot_be_used(funmatch, tmp_path, run):
     (tmp_path / "page.html").write_text("")
     done = funmatch("benchmark", run, "--report", "page.html", check=2)

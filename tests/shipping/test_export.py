@@ -447,22 +447,22 @@ def test_a_repeated_export_finds_itself_done(folder, photos, tmp_path, capsys):
             cli.main([*words, *more])
         return (ended.value.code, *capsys.readouterr())
 
-    first = run("--format", "timm", "onnx")
+    first = run("--format", "timm", "torch-export")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     half = tmp_path / ".out.old.partial"
     half.mkdir()  # a kill after the new folder had its name
-    code, printed, said = run("--format", "timm", "onnx")
+    code, printed, said = run("--format", "timm", "torch-export")
     assert code == 0
     results = [json.loads(each) for each in (first[1], printed)]
     assert all(results[0][key] == results[1][key] for key in ("out", "model", "run", "formats", "quantized"))
     assert "is there already" in said
     assert not half.exists()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
-    assert "--format; pass --overwrite" in run("--format", "onnx")[2]
+    assert "--format; pass --overwrite" in run("--format", "torch-export")[2]
     # The images are compared by their content, which --no-verify leaves unread.
-    assert "--verify, images; pass --overwrite" in run("--format", "timm", "onnx", "--no-verify")[2]
+    assert "--verify, images; pass --overwrite" in run("--format", "timm", "torch-export", "--no-verify")[2]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
-    code, _, said = run("--format", "timm", "onnx", "--overwrite")
+    code, _, said = run("--format", "timm", "torch-export", "--overwrite")
     assert code == 0
     assert "is there already" not in said
 

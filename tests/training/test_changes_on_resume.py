@@ -129,6 +129,7 @@ def test_what_an_option_means_on_resume_stands_with_the_option():
     assert {"lr", "steps", "precision", "teacher_precision", "teacher"} <= of(OnResume.RESULT)
 
 
+@pytest.mark.slow
 def test_time_adds_up_over_all_starts(tmp_path, capsys):
     more = {"log_every": 8, "save_every": 4, "steps": 24}
     folder = stopped_run(tmp_path / "run", **more)

@@ -54,6 +54,7 @@ def teacher_options(out: Path) -> list[str]:
     return json.loads((out / "config.json").read_text())["knobs"]["teacher_kwargs"]
 
 
+@pytest.mark.slow
 def test_labels_decide_and_the_run_records_it(made, tmp_path, capsys):
     distill(made, tmp_path / "run")
     shown = capsys.readouterr().err

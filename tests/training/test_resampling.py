@@ -72,6 +72,7 @@ BICUBIC = pytest.param({"eval_resample": "bicubic", "eval_resize": 27}, marks=py
 LANCZOS = pytest.param({"eval_resample": "lanczos", "eval_resize": 27}, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"eval_resample": "tf"}, BICUBIC, LANCZOS])
 def test_timms_transform_gives_the_top1_that_the_run_reports(photos, tmp_path, options):
     result = train(photos, tmp_path / "run", **options).metrics
