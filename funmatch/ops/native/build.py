@@ -11,7 +11,6 @@ import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 
 from funmatch.errors import first_line
 from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
@@ -30,8 +29,6 @@ CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",),
 CPU_INFO = Path("/proc/cpuinfo")
 SECONDS = 600
 """What a compiler may take."""
-LOCK = Lock()
-"""Held while the library is built: threads that ask for it meanwhile wait, and find it built."""
 
 
 def find_compiler() -> str | None:
@@ -46,12 +43,6 @@ def build() -> Path:
     Raises:
         OSError: there is no compiler, or it fails.
     """
-    # Threads that prepare views all ask first thing.
-    with LOCK:
-        return _build()
-
-
-def _build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise OSError("no C++ compiler found; install g++, or set CXX to the path of one")

@@ -98,7 +98,7 @@ def why_unavailable() -> str:
 
     The first call on a machine compiles them, which takes a second or two.
     """
-    # `cache` alone lets several threads in at once.
+    # `cache` alone lets several threads in at once; those that prepare views all ask first thing.
     with LOAD_LOCK:
         return _load()[1]
 

@@ -11,6 +11,7 @@ Folders that earlier versions wrote, or from which the manifest was removed, are
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 from funmatch.runtime.disk.json_files import FORMAT, Damaged, read_record, seal
 
@@ -34,13 +35,14 @@ def crc_of_file(path: Path) -> int:
     return crc
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """Returns the size and the CRC-32 of a file, as manifests hold them."""
+    return {"bytes": path.stat().st_size, "crc32": f"{crc_of_file(path):08x}"}
+
+
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of a folder's files, which nobody may be writing any more; folders inside are left out."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "crc32": f"{crc_of_file(path):08x}"}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST
-    }
+    files = {path.name: describe(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps(seal({FORMAT: MANIFEST_FORMAT, "files": files}), indent=1))
 
 

@@ -100,7 +100,7 @@ def remove(path: Path) -> None:
         return
     if not path.name.endswith(PARTIAL):
         # Renamed first: what a kill leaves of the folder must not pass for all of it, and is cleared by its name.
-        half = path.with_name(f".{path.name}.old{PARTIAL}")
+        _, half = beside(path)
         remove(half)
         path = path.rename(half)
     shutil.rmtree(path)

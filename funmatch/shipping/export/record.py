@@ -13,7 +13,7 @@ import torch
 from funmatch.config import Export
 from funmatch.errors import InputError
 from funmatch.models.classifier import fingerprint, function_of
-from funmatch.runtime.disk.checksums import crc_of_file
+from funmatch.runtime.disk import checksums
 from funmatch.runtime.disk.json_files import FORMAT, Damaged, NewerFormat, read_record, seal
 from funmatch.shipping.real_images import RealData
 from funmatch.training.student.trained_model import TrainedModel
@@ -103,8 +103,5 @@ def _list_files(folder: Path, only: Mapping[str, Any] | None = None) -> dict[str
         only: files to list. A listing is compared with the record, and no path that stands there is opened.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: {"bytes": path.stat().st_size, "crc32": f"{crc_of_file(path):08x}"}
-        for name, path in paths.items()
-        if name != RECORD and (only is None or name in only)
-    }
+    wanted = [name for name in paths if name != RECORD and (only is None or name in only)]
+    return {name: checksums.describe(paths[name]) for name in wanted}
